@@ -1,0 +1,1 @@
+"""The cache: pages, prefix index, and the manager that alone moves them."""

@@ -1,0 +1,79 @@
+"""Index of exact prefixes: a chain of keys, one for each whole unit (page) of tokens.
+
+key_k = H(key_{k-1}, tokens of unit k), and key_{-1} = H(namespace), where the namespace names everything
+else that cached keys and values depend on. Tokens are compared on a hit, so a collision of the hash costs a
+miss and never a wrong result. The idea of hashed units is that of PagedAttention (arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class PrefixNode:
+    """One published unit."""
+
+    key: bytes
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    """The page of this unit in each group."""
+
+
+class PrefixIndex:
+    """Published units by key."""
+
+    def __init__(self, unit: int, namespace: str) -> None:
+        self.unit = unit
+        self._root = hashlib.blake2b(namespace.encode(), digest_size=16).digest()
+        self._nodes: dict[bytes, PrefixNode] = {}
+        self._by_page: dict[tuple[int, int], bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
+        """Append to `keys` those of the whole units of `tokens` that it lacks."""
+        while (len(keys) + 1) * self.unit <= len(tokens):
+            parent = keys[-1] if keys else self._root
+            chunk = tokens[len(keys) * self.unit : (len(keys) + 1) * self.unit]
+            keys.append(hashlib.blake2b(parent + array("q", chunk).tobytes(), digest_size=16).digest())
+
+    def match(self, keys: Sequence[bytes], tokens: Sequence[int], units: int) -> Iterator[PrefixNode]:
+        """The published nodes of the longest known prefix, at most `units` of them."""
+        for k in range(min(units, len(keys))):
+            node = self._nodes.get(keys[k])
+            if node is None or node.tokens != tuple(tokens[k * self.unit : (k + 1) * self.unit]):
+                return
+            yield node
+
+    def publish(self, key: bytes, tokens: Sequence[int], pages: tuple[int, ...]) -> bool:
+        """Enter a unit. False if the key is known already; the caller's pages then stay private."""
+        if key in self._nodes:
+            return False
+        self._nodes[key] = PrefixNode(key, tuple(tokens), pages)
+        for group, page in enumerate(pages):
+            self._by_page[group, page] = key
+        return True
+
+    def holds(self, group: int, page: int) -> bool:
+        """Whether the page belongs to a published unit."""
+        return (group, page) in self._by_page
+
+    def forget(self, group: int, page: int) -> PrefixNode | None:
+        """Take out the unit that the page belongs to; its other groups' pages are no longer published."""
+        key = self._by_page.pop((group, page), None)
+        if key is None:
+            return None
+        node = self._nodes.pop(key)
+        for other, twin in enumerate(node.pages):
+            self._by_page.pop((other, twin), None)
+        return node
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._nodes.clear()
+        self._by_page.clear()

@@ -1,0 +1,48 @@
+"""`headrace chat`: a conversation on the terminal, streamed token by token."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from headrace.commands.options import add_options, read_options
+from headrace.config import EngineConfig
+from headrace.errors import RequestError
+from headrace.llm import LLM
+from headrace.params import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--system", help="system message that opens the conversation")
+    add_options(parser, SamplingParams, "sampling", skip=("n", "logprobs", "prompt_logprobs", "detokenize"))
+    add_options(parser, EngineConfig, "engine", skip=("seed", "skip_tokenizer_init"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read a line, stream the answer, until end of input. Returns the exit status."""
+    params = read_options(arguments, SamplingParams, max_tokens=256)
+    llm = LLM(**dataclasses.asdict(read_options(arguments, EngineConfig, skip=("seed",))))
+    messages: list[dict[str, str]] = []
+    if arguments.system:
+        messages.append({"role": "system", "content": arguments.system})
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            output = llm.chat(messages, params, on_text=lambda _, text: print(text, end="", flush=True))[0]
+        except RequestError as error:
+            # The conversation has outgrown the model: forget the oldest exchange, keep the system message.
+            print(f"[{error}]", file=sys.stderr)
+            keep = 1 if arguments.system else 0
+            del messages[keep : keep + 2]
+            continue
+        print()
+        messages.append({"role": "assistant", "content": output.outputs[0].text})

@@ -1,0 +1,70 @@
+"""The one home of every engine option.
+
+The command line and `LLM(...)` are both built from these dataclasses: a field's default, help text and
+choices stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.errors import ConfigError
+
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field that carries its own help text for the command line."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options fixed when the engine starts. Raises ConfigError for values that can never work."""
+
+    model: str | None = option(None, "directory or hub id of the checkpoint; the bundled model if not given")
+    revision: str | None = option(None, "revision of a hub id")
+    tokenizer: str | None = option(None, "directory or hub id of the tokenizer, if not the model's")
+    skip_tokenizer_init: bool = option(False, "token ids in and out only; no tokenizer is loaded")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on the CPU", choices=DTYPES)
+    load_format: str = option("auto", "random: random weights of the right shapes", choices=("auto", "random"))
+    max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
+    max_num_seqs: int = option(256, "most requests that hold cache at once")
+    max_num_batched_tokens: int | None = option(
+        None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
+    )
+    scheduler: str = option("splitfuse", "step composer, a name from docs/systems.md")
+    decoder: str = option("autoregressive", "decoder, a name from docs/systems.md")
+    page_size: int = option(16, "slots (tokens) a cache page")
+    kv_cache_gib: float | None = option(
+        None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
+    )
+    num_pages: int | None = option(None, "pages of the cache, instead of kv_cache_gib")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights, work space and cache")
+    enable_prefix_caching: bool = option(True, "reuse the cache of exact common prefixes")
+    seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
+    check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_num_seqs", 1), ("page_size", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for name, low in (("max_model_len", 1), ("max_num_batched_tokens", 1), ("num_pages", 2)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} is {value}; it must be at least {low}, or None to choose it automatically")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]")
+        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
+            raise ConfigError(f"kv_cache_gib is {self.kv_cache_gib}; it must be positive")
+        if self.kv_cache_gib is not None and self.num_pages is not None:
+            raise ConfigError("kv_cache_gib and num_pages both set the size of the cache: give one of them")
+        for spec in dataclasses.fields(self):
+            choices = spec.metadata["choices"]
+            if choices and getattr(self, spec.name) not in choices:
+                raise ConfigError(f"{spec.name} is {getattr(self, spec.name)!r}; choose from {', '.join(choices)}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")

@@ -1,0 +1,420 @@
+"""The engine: admit requests, plan a step, run it, collect what came of it.
+
+One request's way: `add` puts it into the waiting line; `step` takes a snapshot, lets the scheduler compose
+grants, takes pages and a request index for newcomers, runs the rows, and appends what was committed; when
+it ends, pages, index and data go back, so that an idle engine holds nothing. The engine knows scheduler,
+decoder, processors and layer kinds only through their contracts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headrace.cache.manager import CacheManager, group_layers
+from headrace.config import EngineConfig
+from headrace.decoding.base import Decoder
+from headrace.engine.runner import Granted, Runner, StepReport
+from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
+from headrace.errors import InvariantError, NumericalError, RequestError
+from headrace.kernels.draw import stream_key
+from headrace.models.base import CausalLM
+from headrace.params import MAX_SEED, SamplingParams
+from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
+from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
+from headrace.sampling.logprobs import TopLogprobs
+from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
+from headrace.tables import MAX_STOP_IDS, RequestTable
+
+log = logging.getLogger("headrace")
+
+TokenHook = Callable[[Request, list[int]], str | None]
+"""Called with a request and its new tokens; a string ends the request (a stop string was completed)."""
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start."""
+
+    requests: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    aborts: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    chunks: int = 0
+    """Grants that cut a prompt."""
+
+
+class Engine:
+    """Generates tokens for requests, all of them a step at a time. Not thread-safe: one owner calls it."""
+
+    def __init__(self, config: EngineConfig, model: CausalLM, *, eos_ids: Sequence[int] = ()) -> None:
+        """Size cache and step, and build the tables. Raises ConfigError or CapacityError."""
+        self.config = config
+        self.model = model
+        self.eos_ids = tuple(eos_ids)
+        self.vocab_size = model.config.vocab_size
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        groups = group_layers(model.layer_states())
+        wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len)
+        self.max_model_len = fit_length(config, model.max_model_len, n_pages)
+        self.scheduler = SCHEDULERS[config.scheduler].make()
+        decoder: Decoder = DECODERS[config.decoder].make()
+        self.decoder = decoder
+        self.processors = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
+        self.table = RequestTable(config.max_num_seqs, self.max_model_len, len(groups), self.device)
+        self.cache = CacheManager(
+            groups,
+            n_pages=n_pages,
+            page_size=config.page_size,
+            max_reqs=config.max_num_seqs,
+            max_len=self.max_model_len,
+            dtype=self.dtype,
+            device=self.device,
+            prefix_caching=config.enable_prefix_caching,
+            namespace=f"{model.config!r} {self.dtype} page {config.page_size}",
+        )
+        most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
+        most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
+        self.runner = Runner(model, self.cache, self.table, decoder, self.processors, most_rows, self.device)
+        self.step_times_s: dict[int, float] = {}
+        self.budget = most_rows
+        if config.max_num_batched_tokens is None:
+            self.budget, self.step_times_s = measure_knee(self.runner.time_step, most_rows)
+        self.stats = EngineStats()
+        self.on_token: TokenHook | None = None
+        self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
+        self._running: dict[int, Request] = {}
+        self._waiting: list[Request] = []
+        self._by_id: dict[str, list[Request]] = {}
+        self._arrivals = 0
+
+    # Requests come and go
+
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        prompt: str | None = None,
+        number: int | None = None,
+    ) -> list[Request]:
+        """Queue the `n` samples of a prompt. Raises RequestError for what can never be served.
+
+        `number` keys the noise when the parameters bring no seed: the request's index in its batch.
+        """
+        tokens = self._checked_prompt(prompt_ids, params)
+        if request_id in self._by_id:
+            raise RequestError(f"request_id {request_id!r} is in use: choose another one")
+        seed = params.seed
+        if seed is None:
+            high, low = stream_key(self.config.seed % MAX_SEED, number if number is not None else self._arrivals, (0,))
+            seed = ((high % 2**32) << 32) | (low % 2**32)
+        samples = [
+            Request(
+                request_id=request_id,
+                prompt=prompt,
+                prompt_len=len(tokens),
+                tokens=list(tokens),
+                params=params,
+                seed=seed,
+                sample=sample,
+                **self._derived(params, len(tokens), seed, sample),
+            )
+            for sample in range(params.n)
+        ]
+        for request in samples:
+            self._enqueue(request)
+        return samples
+
+    def resume(self, record: dict[str, Any]) -> Request:
+        """Queue a request from its portable record; it continues with the tokens it would have had."""
+        params = SamplingParams.from_dict(record["params"])
+        derived = self._derived(params, record["prompt_len"], record["seed"], record["sample"])
+        request = Request.from_record(record, **derived)
+        self._checked_prompt(request.tokens[:-1] or request.tokens, params)
+        self._enqueue(request)
+        return request
+
+    def abort(self, request_id: str) -> list[Request]:
+        """End all samples of a request now. Unknown or finished ids are no error. Returns those that ended."""
+        ended = list(self._by_id.get(request_id, ()))
+        for request in ended:
+            self.stats.aborts += 1
+            self._finish(request, Finish.ABORT)
+        return ended
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests that hold a request index."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests in the waiting line, preempted ones included."""
+        return len(self._waiting)
+
+    # One step
+
+    def step(self) -> list[Request]:
+        """Run one step. Returns the requests that got tokens or ended in it."""
+        schedule = self._schedule()
+        granted = self._admit(schedule)
+        if not granted:
+            return []
+        self.table.flush()
+        self.cache.flush()
+        report = self.runner.execute(granted)
+        changed = self._collect(granted, report)
+        if self.config.check_invariants:
+            self.audit()
+        return changed
+
+    def _schedule(self) -> Schedule:
+        """Compose grants; preempt until the composer is content."""
+        while True:
+            schedule = compose(self.scheduler, self.snapshot())
+            if schedule.victim is None:
+                return schedule
+            self._preempt(self._running[schedule.victim])
+
+    def snapshot(self) -> Snapshot:
+        """What the scheduler sees. Waiting requests beyond the budget are left out: they could get no row."""
+        waiting: list[RequestView] = []
+        wanted = 0
+        seats = self.config.max_num_seqs - len(self._running)
+        for request in self._waiting:
+            if len(waiting) >= seats or wanted >= self.budget:
+                break
+            waiting.append(self._view(request))
+            wanted += waiting[-1].most
+        return Snapshot(
+            running=[self._view(request) for request in self._running.values()],
+            waiting=waiting,
+            free_pages=self.cache.available,
+            page_size=self.cache.page_size,
+            budget=self.budget,
+            max_running=self.config.max_num_seqs,
+        )
+
+    def _view(self, request: Request) -> RequestView:
+        running = request.index >= 0
+        groups = len(self.cache.groups)
+        done, idle = request.n_done, 0
+        if not running:
+            done, idle = self.cache.look_up(request)
+        least, most = self.decoder.demand(request.n_tok, done)
+        return RequestView(
+            key=request.arrival,
+            arrival=request.arrival,
+            running=running,
+            least=least,
+            most=most,
+            decoding=running and request.pending == 1,
+            kv_len=(done,) * groups,
+            pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
+            idle_hits=idle,
+        )
+
+    def _admit(self, schedule: Schedule) -> list[Granted]:
+        """Take indices and pages for the grants."""
+        for key in schedule.admitted:
+            place = bisect.bisect_left(self._waiting, key, key=lambda r: r.arrival)
+            request = self._waiting.pop(place)
+            request.move(State.RUNNING)
+            request.index = self._free_indices.pop()
+            self._running[request.arrival] = request
+            self.cache.admit(request, request.index)
+            self.table.admit(request, request.index)
+            for processor in self.processors:
+                if processor.wants(request.params):
+                    processor.admit(request)
+        granted = [Granted(self._running[key], rows) for key, rows in schedule.grants.items()]
+        for request, rows in granted:
+            self.cache.reserve(request, rows)
+            self.stats.chunks += rows < request.pending
+        return granted
+
+    def _collect(self, granted: Sequence[Granted], report: StepReport) -> list[Request]:
+        """Append what was committed, publish whole pages, end what has ended."""
+        now_s = time.perf_counter()
+        changed: list[Request] = []
+        for i, (request, _) in enumerate(granted):
+            request.n_done += report.n_kv[i]
+            if i in report.given:
+                if not request.prompt_logprobs:
+                    request.prompt_logprobs.append(None)
+                request.prompt_logprobs.extend(_positions(report.given[i], request.tokens, len(request.prompt_logprobs)))
+            new = report.emit[i][: report.n_emit[i]]
+            if new and request.first_token_s is None:
+                request.first_token_s = now_s
+            request.tokens.extend(new)
+            self.stats.output_tokens += len(new)
+            if new:
+                request.token_logprobs.append(report.logprob[i])
+            if i in report.top:
+                request.top_logprobs.extend(_positions(report.top[i], request.tokens, request.n_tok - 1))
+            for processor in self.processors:
+                if processor.wants(request.params):
+                    for token in new:
+                        processor.observe(request.index, token)
+            read_only = self.cache.publish(request)
+            if read_only:
+                self.table.set_read_only(request.index, read_only)
+            finish = Finish(report.finish[i])
+            stop_text = self.on_token(request, new) if self.on_token and new else None
+            if stop_text is not None:
+                request.stop_reason = stop_text
+                finish = Finish.STOP
+            elif finish is Finish.STOP and new[-1] not in self.eos_ids:
+                request.stop_reason = new[-1]
+            if finish is not Finish.NONE:
+                self._finish(request, finish)
+            if new or finish is not Finish.NONE:
+                changed.append(request)
+        return changed
+
+    # Ends
+
+    def _preempt(self, request: Request) -> None:
+        """Give back everything but the tokens; the request waits in its old place and is recomputed."""
+        self._leave(request)
+        request.move(State.PREEMPTED)
+        request.preemptions += 1
+        self.stats.preemptions += 1
+        bisect.insort(self._waiting, request, key=lambda r: r.arrival)
+
+    def _finish(self, request: Request, finish: Finish) -> None:
+        if request.index >= 0:
+            self._leave(request)
+        else:
+            self._waiting.remove(request)
+        request.finish = finish
+        request.finish_s = time.perf_counter()
+        if finish is Finish.ERROR:
+            request.error = NumericalError(
+                f"request {request.request_id}: the logits of token {request.n_tok} hold NaN or nothing finite, so no "
+                "token can be drawn: check the weights, logit_bias and allowed_token_ids, or use a wider dtype"
+            )
+        request.move(State.FINISHED)
+        self.stats.finished += 1
+        siblings = self._by_id[request.request_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._by_id[request.request_id]
+
+    def _leave(self, request: Request) -> None:
+        """Give back pages, data and index."""
+        self.cache.release(request)
+        self.table.release(request.index)
+        for processor in self.processors:
+            if processor.wants(request.params):
+                processor.release(request.index)
+        del self._running[request.arrival]
+        self._free_indices.append(request.index)
+        request.index = -1
+
+    # Books
+
+    def audit(self) -> None:
+        """Raise InvariantError unless pages, indices and clocks agree with the requests that hold them."""
+        running = list(self._running.values())
+        self.cache.audit(running)
+        taken = {request.index for request in running}
+        if len(taken) + len(self._free_indices) != self.config.max_num_seqs or taken & set(self._free_indices):
+            raise InvariantError("request indices are lost or held twice")
+        for request in running:
+            i = request.index
+            clocks = int(self.table.n_tok[i]), int(self.table.n_done[i])
+            lengths = set(self.table.kv_len[:, i].tolist())
+            if clocks != (request.n_tok, request.n_done) or lengths != {request.n_done}:
+                raise InvariantError(
+                    f"request {request.request_id}: clocks {clocks}, lengths {lengths} on the device; "
+                    f"{request.n_tok}, {request.n_done} in the books"
+                )
+            if not request.n_done <= request.n_tok <= request.limit:
+                raise InvariantError(f"request {request.request_id}: clocks out of order")
+            if self.table.hist[i, : request.n_tok].tolist() != request.tokens:
+                raise InvariantError(f"request {request.request_id}: the history differs from the tokens")
+
+    def check_idle(self) -> None:
+        """Raise InvariantError unless an engine without work holds nothing."""
+        self.audit()
+        if not self.has_work and (held := [pool.held for pool in self.cache.pools]) and any(held):
+            raise InvariantError(f"the engine is idle and holds pages: {held}")
+        if not self.has_work and (len(self._free_indices) != self.config.max_num_seqs or self._by_id):
+            raise InvariantError("the engine is idle and holds request indices")
+
+    # Helpers
+
+    def _enqueue(self, request: Request) -> None:
+        request.arrival = self._arrivals
+        request.arrival_s = time.perf_counter()
+        self._arrivals += 1
+        self.stats.requests += 1
+        self.stats.prompt_tokens += request.prompt_len
+        self._waiting.append(request)
+        self._by_id.setdefault(request.request_id, []).append(request)
+
+    def _derived(self, params: SamplingParams, prompt_len: int, seed: int, sample: int) -> dict[str, Any]:
+        """Fields of a request that follow from the parameters and this engine."""
+        stops = dict.fromkeys(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stops.update(dict.fromkeys(self.eos_ids))
+        if len(stops) > MAX_STOP_IDS:
+            raise RequestError(
+                f"stop_token_ids: {len(stops)} stop ids with the model's own; at most {MAX_STOP_IDS}: pass fewer"
+            )
+        room = self.max_model_len - prompt_len
+        return {
+            "stream": stream_key(seed, sample),
+            "stop_ids": tuple(stops),
+            "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),
+        }
+
+    def _checked_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        params.check_vocabulary(self.vocab_size)
+        tokens = [int(token) for token in prompt_ids]
+        if params.truncate_prompt_tokens is not None:
+            tokens = tokens[-params.truncate_prompt_tokens :]
+        if not tokens:
+            raise RequestError("the prompt is empty; a model needs at least one token to continue from")
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            wrong = next(t for t in tokens if not 0 <= t < self.vocab_size)
+            raise RequestError(f"the prompt has token id {wrong}; the model's vocabulary has {self.vocab_size} tokens")
+        longest = self.max_model_len - (params.max_tokens != 0)
+        if len(tokens) > longest:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; at most {longest} leave room for output in a length of "
+                f"{self.max_model_len}: shorten it, pass truncate_prompt_tokens={longest}, or raise max_model_len"
+            )
+        return tokens
+
+
+def _positions(top: TopLogprobs, tokens: Sequence[int], first: int) -> list[PositionLogprobs]:
+    """One dict a row: the token itself, then the top ones with their ranks. Row i is the token at first + i."""
+    columns = (top.ids_MN.tolist(), top.logprobs_MN.tolist(), top.chosen_M.tolist(), top.rank_M.tolist())
+    positions = []
+    for i, (ids, values, chosen, rank) in enumerate(zip(*columns, strict=True)):
+        position: PositionLogprobs = {tokens[first + i]: Logprob(chosen, rank)}
+        for place, (token, value) in enumerate(zip(ids, values, strict=True)):
+            position.setdefault(token, Logprob(value, place + 1))
+        positions.append(position)
+    return positions
+
+

@@ -1,0 +1,107 @@
+"""Paged attention over rows: one operation for prompt chunks, decode rows, drafts and anything else with a mask.
+
+`write_kv` stores the rows' keys and values, `plan_attention` prepares a step once for all its layers, `attend`
+computes one layer. `reference.py` is the definition; on the CPU `cpu.py` does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from headrace.kernels.attention import cpu, reference
+from headrace.kernels.attention.cpu import CpuPlan
+from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
+from headrace.step import NONE
+
+AttentionPlan = CpuPlan | ReferencePlan
+
+__all__ = ["NONE", "AttentionPlan", "AttentionRows", "Span", "attend", "plan_attention", "write_kv"]
+
+
+def plan_attention(
+    rows: AttentionRows,
+    page_table_BP: Tensor,
+    kv_len_B: Tensor,
+    page_size: int,
+    lens: Sequence[tuple[int, int, int]] | None = None,
+) -> AttentionPlan:
+    """Prepare one step of one group of layers; all layers of the group use the result.
+
+    The plan reads the tables as they are now: make it after the rows are built and the pages are in the table.
+
+    Args:
+        rows: the rows of the step.
+        page_table_BP: int32 [Bmax + 1, Pmax], pages by request index.
+        kv_len_B: int32 [Bmax + 1], committed slots by request index.
+        page_size: S, slots in a page.
+        lens: by request of the step (first row, number of rows, bound on the slots its rows see), if the host knows
+            them; without it the device is waited for.
+    """
+    if kv_len_B.device.type == "cpu":
+        return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
+    return reference.plan_attention(rows, kv_len_B, lens)
+
+
+def attend(
+    q_RHD: Tensor,
+    rows: AttentionRows,
+    k_pool_KPSD: Tensor,
+    v_pool_KPSD: Tensor,
+    page_table_BP: Tensor,
+    kv_len_B: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks_H: Tensor | None = None,
+    need_lse: bool = False,
+    lens: Sequence[tuple[int, int, int]] | None = None,
+    plan: AttentionPlan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of all rows of a step in one layer.
+
+    Args:
+        q_RHD: queries; float32, float64 or bfloat16, the type of the pools. Query head h reads head h // (H // K).
+        rows: the rows of the step, their own keys and values already written.
+        k_pool_KPSD, v_pool_KPSD: the layer's pools; may be a part of a larger tensor along their first dimension.
+        page_table_BP, kv_len_B: see `plan_attention`.
+        scale: factor of the scores.
+        window: tokens that a row sees, itself included; 0: all.
+        softcap: scores become softcap * tanh(scores / softcap); 0: unchanged.
+        sinks_H: a logit by head that joins the softmax denominator and has no value.
+        need_lse: also return the logarithm of the softmax denominator.
+        lens: see `plan_attention`; read only without a plan.
+        plan: the step's plan.
+
+    Returns:
+        out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
+        nothing has out 0, and lse -inf where there is no sink. Slots that no row of a request sees may hold NaN.
+    """
+    if plan is None:
+        plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
+    form = cpu.attend if isinstance(plan, CpuPlan) else reference.attend
+    return form(
+        q_RHD,
+        rows,
+        k_pool_KPSD,
+        v_pool_KPSD,
+        page_table_BP,
+        kv_len_B,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks_H=sinks_H,
+        need_lse=need_lse,
+        plan=plan,  # type: ignore[arg-type]
+    )
+
+
+def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tensor) -> None:
+    """Store the rows' keys [R, K, D] and values [R, K, Dv] at the physical slots `place_R`, in place.
+
+    `place_R` is int64 [R], page * S + offset in [0, P * S); rows that must leave no trace go to page 0.
+    """
+    form = cpu.write_kv if k_pool_KPSD.device.type == "cpu" else reference.write_kv
+    form(k_RKD, v_RKD, k_pool_KPSD, v_pool_KPSD, place_R)

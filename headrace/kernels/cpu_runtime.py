@@ -1,0 +1,87 @@
+"""What every compiled CPU kernel shares: numba decorators, the thread count, and a float32 exp that vectorises.
+
+The OpenMP layer is chosen before numba's first parallel call. Its idle threads yield as torch's do, whereas the
+`workqueue` layer competes with torch's spinning threads (70 against 6 microseconds a call on two cores) and is not
+safe when several Python threads call kernels at once. A process that forks after a kernel ran must `exec`.
+
+exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) by a polynomial that interpolates at Chebyshev nodes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+if sys.platform == "linux" and "NUMBA_THREADING_LAYER" not in os.environ:
+    numba.config.THREADING_LAYER = "omp"
+
+# Sums may be reordered into vector lanes and multiply-adds fused. NaN, infinities and the sign of zero keep their
+# meaning: a kernel has to see a NaN that the model produced.
+FAST_SUMS = {"reassoc", "contract", "nsz"}
+
+
+def njit_parallel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator for a kernel with `prange` loops: compiled once, cached on disk, releases the interpreter lock.
+
+    Call `use_torch_threads()` before the kernel. Keyword options are numba's, e.g. `fastmath=FAST_SUMS`.
+    numba's disk cache watches the kernel's own file only: clear `__pycache__` after editing a function inlined from
+    another file.
+    """
+    return numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy", **options)
+
+
+def njit_serial(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator for a function called from kernels, or a kernel too small to share out. See `njit_parallel`."""
+    return numba.njit(cache=True, nogil=True, error_model="numpy", **options)
+
+
+def use_torch_threads() -> int:
+    """Give numba torch's number of threads, in the calling thread; returns that number. Costs about a microsecond."""
+    wanted = torch.get_num_threads()
+    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # starting numba's OpenMP pool overwrites torch's setting
+        torch.set_num_threads(wanted)
+    return threads
+
+
+_LOG2_E = np.float32(math.log2(math.e))
+# ln 2 in two parts; the high part has 12 significant bits, so that n * _LN2_HIGH is exact for |n| <= 2048.
+_LN2_HIGH = np.float32(math.floor(math.log(2.0) * 4096.0) / 4096.0)
+_LN2_LOW = np.float32(math.log(2.0) - math.floor(math.log(2.0) * 4096.0) / 4096.0)
+_EXP_LOWEST = np.float32(-87.3)
+_EXP_HIGHEST = np.float32(88.3)
+_EXP_MAGIC = np.float32(1.5 * 2**23)
+_EXP_MAGIC_BITS = np.int32(_EXP_MAGIC.view(np.int32))
+# exp(r) = 1 + r + r^2 q(r): coefficients of q, interpolated at five Chebyshev nodes; relative error 1.1e-8.
+_Q0 = np.float32(0.5)
+_Q1 = np.float32(0.16666576305560635)
+_Q2 = np.float32(0.04166655376256849)
+_Q3 = np.float32(0.008363292753030686)
+_Q4 = np.float32(0.0013926325618039612)
+
+
+@njit_serial(fastmath={"contract"})
+def exp_f32(x: Any) -> Any:
+    """exp(x) in float32, relative error below 2e-7, without branches so that loops over it become vector code.
+
+    0 below -87.3 (no subnormal results); NaN gives 0 too, so look for NaN before; inputs above 88.3 count as 88.3.
+    exp_f32(0) is exactly 1.
+    """
+    clamped = x if x > _EXP_LOWEST else _EXP_LOWEST
+    clamped = clamped if clamped < _EXP_HIGHEST else _EXP_HIGHEST
+    shifted = clamped * _LOG2_E + _EXP_MAGIC  # adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits
+    n = shifted - _EXP_MAGIC
+    r = (clamped - n * _LN2_HIGH) - n * _LN2_LOW
+    q = _Q0 + r * (_Q1 + r * (_Q2 + r * (_Q3 + r * _Q4)))
+    power = (np.float32(shifted).view(np.int32) - _EXP_MAGIC_BITS + np.int32(127)) << np.int32(23)
+    value = (np.float32(1.0) + (r + r * r * q)) * np.int32(power).view(np.float32)
+    return value if x > _EXP_LOWEST else np.float32(0.0)

@@ -1,0 +1,113 @@
+"""Time of `draw` on the CPU against the usual torch way, per filter, on logits shaped like those of a language model.
+
+The torch way is softmax and `torch.multinomial`, after `topk` or `sort` and a masked softmax where a filter asks for
+it; greedy is `argmax`. `ratio` compares it with `draw` when it delivers the token alone; `ratio_same_result` when it
+also takes the token's log-probability and the log-sum-exp, which `draw` always returns. Above 1, `draw` is faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.draw import DrawParams, draw
+
+# name: temperature, top-k, top-p, min-p
+FILTERS: dict[str, tuple[float, int, float, float]] = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (0.8, 0, 1.0, 0.0),
+    "top-k 50": (0.8, 50, 1.0, 0.0),
+    "top-p 0.95": (0.8, 0, 0.95, 0.0),
+    "min-p 0.05": (0.8, 0, 1.0, 0.05),
+    "top-k 50 + top-p 0.95": (0.8, 50, 0.95, 0.0),
+}
+
+
+def torch_tokens(logits_MV: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Tokens [M] by the usual torch calls; one setting for all rows."""
+    if temperature == 0.0:
+        return logits_MV.argmax(-1)
+    scaled_MV = logits_MV / temperature
+    ids_MV = None
+    if top_k > 0:
+        scaled_MV, ids_MV = scaled_MV.topk(top_k, dim=-1)
+    elif top_p < 1.0:
+        scaled_MV, ids_MV = scaled_MV.sort(dim=-1, descending=True)
+    p_MV = scaled_MV.softmax(-1)
+    if min_p > 0.0:
+        p_MV = p_MV.masked_fill_(p_MV < min_p * p_MV.amax(-1, keepdim=True), 0.0)
+    if top_p < 1.0:
+        p_MV = p_MV.masked_fill_(p_MV.cumsum(-1) - p_MV >= top_p, 0.0)
+    drawn_M1 = p_MV.multinomial(1)
+    return (drawn_M1 if ids_MV is None else ids_MV.gather(1, drawn_M1))[:, 0]
+
+
+def _torch_result(logits_MV: Tensor, *setting: float) -> tuple[Tensor, Tensor, Tensor]:
+    id_M = torch_tokens(logits_MV, setting[0], int(setting[1]), setting[2], setting[3])
+    lse_M = logits_MV.logsumexp(-1)
+    return id_M, logits_MV.gather(1, id_M[:, None])[:, 0] - lse_M, lse_M
+
+
+def _medians_s(calls: list[Callable[[], object]], budget_s: float) -> list[float]:
+    """Median time of each call. They take turns, so that a busy machine disturbs all of them alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + budget_s
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def benchmark(
+    rows: Iterable[int] = (1, 8, 64), vocab: Iterable[int] = (8192, 151936), budget_s: float = 0.5
+) -> list[dict[str, object]]:
+    """One entry for each rows x vocabulary x filter: microseconds a call, and ratios above 1 where `draw` is faster.
+
+    Logits are normal with standard deviation 2.5, and about 30 tokens of a row stand out by up to 12.
+    """
+    generator = torch.Generator().manual_seed(0)
+    results: list[dict[str, object]] = []
+    vocab = tuple(vocab)
+    for m in rows:
+        for v in vocab:
+            logits_MV = torch.randn(m, v, generator=generator) * 2.5
+            standout_M30 = torch.randint(0, v, (m, 30), generator=generator)
+            logits_MV.scatter_add_(1, standout_M30, torch.rand(m, 30, generator=generator) * 12.0)
+            stream_M2 = torch.randint(-(2**31), 2**31, (m, 2), generator=generator).int()
+            t_out_M = torch.arange(m, dtype=torch.int32)
+            for name, setting in FILTERS.items():
+                temperature, top_k, top_p, min_p = setting
+                params = DrawParams(
+                    torch.full((m,), temperature),
+                    torch.full((m,), top_k, dtype=torch.int32),
+                    torch.full((m,), top_p),
+                    torch.full((m,), min_p),
+                )
+                ours_s, tokens_s, result_s = _medians_s(
+                    [
+                        lambda params=params: draw(logits_MV, params, stream_M2, t_out_M),  # type: ignore[misc]
+                        lambda setting=setting: torch_tokens(logits_MV, *setting),  # type: ignore[misc]
+                        lambda setting=setting: _torch_result(logits_MV, *setting),  # type: ignore[misc]
+                    ],
+                    budget_s,
+                )
+                results.append(
+                    {
+                        "rows": m,
+                        "vocab": v,
+                        "filter": name,
+                        "draw_us": round(ours_s * 1e6, 1),
+                        "torch_us": round(tokens_s * 1e6, 1),
+                        "ratio": round(tokens_s / ours_s, 2),
+                        "ratio_same_result": round(result_s / ours_s, 2),
+                    }
+                )
+    return results

@@ -1,0 +1,1 @@
+"""Layers that models are built from: pure modules, without any engine state."""

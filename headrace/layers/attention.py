@@ -1,0 +1,80 @@
+"""Attention with grouped key/value heads (Ainslie et al., arXiv 2305.13245), up to the cache and back.
+
+out = W_o attend(rope(norm(W_q x)), rope(norm(W_k x)), W_v x): what the rows see, and where their keys and values
+are kept, is the step's business. Letters: R rows, E model width, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.layers.linear import Linear
+from headrace.layers.placement import Placement
+from headrace.layers.rotary import rotate_
+from headrace.step import LayerState, StepContext
+
+
+class Attention(nn.Module):
+    """One attention layer.
+
+    Args:
+        layer: index by which the step knows this layer's cache.
+        width: model width E.
+        heads, kv_heads, head_dim: H, K and D; H is a multiple of K.
+        qkv_bias, out_bias: biases of the input and output projections.
+        qk_norm_eps: RMS normalisation of every query and key head before the rotation, with this eps; None: none.
+        window: tokens that a row sees, itself included; 0: all.
+        place: device and type of the parameters.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm_eps: float | None,
+        window: int,
+        place: Placement,
+    ) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, heads, kv_heads, head_dim
+        self.window = window
+        self.qk_norm_eps = qk_norm_eps
+        self.scale = head_dim**-0.5
+        self.qkv = Linear(width, [n * head_dim for n in (heads, kv_heads, kv_heads)], bias=qkv_bias, place=place)
+        self.out = Linear(heads * head_dim, [width], bias=out_bias, place=place)
+        # One weight a head although the heads share it: queries and keys are then normalised in one operation.
+        self.qk_norm = None if qk_norm_eps is None else place.empty(heads + kv_heads, head_dim)
+
+    @property
+    def state(self) -> LayerState:
+        """What this layer keeps for a request."""
+        kind = "window" if self.window else "paged"
+        return LayerState(kind, self.kv_heads, self.head_dim, self.head_dim, self.window)
+
+    def add_to(self, residual_RE: Tensor, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> None:
+        """residual += attention(x), in place."""
+        rows, last = x_RE.shape[0], self.heads + self.kv_heads
+        qkv_RND = self.qkv(x_RE).view(rows, last + self.kv_heads, self.head_dim)
+        qk_RND = qkv_RND[:, :last]
+        if self.qk_norm is not None:
+            qk_RND = F.rms_norm(qk_RND, (self.head_dim,), None, self.qk_norm_eps).mul_(self.qk_norm)
+        rotate_(qk_RND, cos_R1D, sin_R1D)
+        q_RHD, k_RKD = qk_RND[:, : self.heads], qk_RND[:, self.heads :]
+        out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, qkv_RND[:, last:], scale=self.scale)
+        self.out.add_to(residual_RE, out_RHD.reshape(rows, self.heads * self.head_dim))
+
+    def tensors(self, name: str) -> dict[str, list[Tensor]]:
+        """Where the checkpoint tensors below `name` go."""
+        found = self.qkv.tensors(*(f"{name}.{part}_proj" for part in "qkv"))
+        found |= self.out.tensors(f"{name}.o_proj")
+        if self.qk_norm is not None:
+            found[f"{name}.q_norm.weight"] = list(self.qk_norm[: self.heads])
+            found[f"{name}.k_norm.weight"] = list(self.qk_norm[self.heads :])
+        return found

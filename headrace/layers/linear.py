@@ -1,0 +1,52 @@
+"""Linear maps, several of which share one matrix product: y = x W^T + b.
+
+Projections of the same input (query, key and value; gate and up) lie below one another in one weight, so that
+a layer runs one GEMM where the checkpoint has two or three. Letters: R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.layers.placement import Placement
+
+
+class Linear(nn.Module):
+    """One or more projections of the same input, computed as one product.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of each projection; their results stand side by side in this order.
+        bias: whether every projection has a bias.
+        place: device and type of the parameters.
+    """
+
+    def __init__(self, inputs: int, outputs: Sequence[int], *, bias: bool, place: Placement) -> None:
+        super().__init__()
+        self.outputs = tuple(outputs)
+        self.weight = place.empty(sum(outputs), inputs)
+        self.bias = place.empty(sum(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, inputs] to [R, sum(outputs)]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """y += forward(x) in place: the residual sum costs no pass of its own, the product accumulates into it."""
+        y.addmm_(x, self.weight.t())
+        if self.bias is not None:
+            y.add_(self.bias)
+
+    def tensors(self, *names: str) -> dict[str, list[Tensor]]:
+        """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`."""
+        found: dict[str, list[Tensor]] = {}
+        start = 0
+        for name, width in zip(names, self.outputs, strict=True):
+            found[f"{name}.weight"] = [self.weight[start : start + width]]
+            if self.bias is not None:
+                found[f"{name}.bias"] = [self.bias[start : start + width]]
+            start += width
+        return found

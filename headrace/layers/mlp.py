@@ -1,0 +1,31 @@
+"""Gated feed-forward layer: W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202).
+
+Letters: R rows, E model width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.layers.linear import Linear
+from headrace.layers.placement import Placement
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward layer with gate and up as one product."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, place: Placement) -> None:
+        super().__init__()
+        self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place)
+        self.down = Linear(hidden, [width], bias=bias, place=place)
+
+    def add_to(self, residual_RE: Tensor, x_RE: Tensor) -> None:
+        """residual += mlp(x), in place."""
+        gate_RF, up_RF = self.gate_up(x_RE).chunk(2, -1)
+        self.down.add_to(residual_RE, F.silu(gate_RF, inplace=True).mul_(up_RF))
+
+    def tensors(self, name: str) -> dict[str, list[Tensor]]:
+        """Where the checkpoint tensors below `name` go."""
+        found = self.gate_up.tensors(f"{name}.gate_proj", f"{name}.up_proj")
+        return found | self.down.tensors(f"{name}.down_proj")

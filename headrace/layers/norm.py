@@ -1,0 +1,25 @@
+"""Root mean square normalisation: y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich, arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.layers.placement import Placement
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the last axis, with one weight an element."""
+
+    def __init__(self, width: int, eps: float, place: Placement) -> None:
+        super().__init__()
+        self.weight = place.empty(width)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]; x is left as it is."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def tensors(self, name: str) -> dict[str, list[Tensor]]:
+        """Where the checkpoint tensor goes."""
+        return {f"{name}.weight": [self.weight]}

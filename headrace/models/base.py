@@ -1,0 +1,44 @@
+"""What the engine asks of a model: layer states, one forward over rows, logits of the rows that want them.
+
+A model knows nothing of requests, pages or steps: rows of any requests, in any order, come with their tokens, and
+`ctx` gives their positions and the attention operation. Letters: R rows, M output rows, E model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from headrace.models.config import ModelConfig
+from headrace.step import LayerState, StepContext
+
+
+class CausalLM(nn.Module, ABC):
+    """A language model over rows. Parameters carry no gradient; the model is always in inference mode."""
+
+    config: ModelConfig
+    max_model_len: int
+    """Positions 0 .. max_model_len - 1 can be evaluated; an index outside is an error of the caller."""
+
+    @abstractmethod
+    def layer_states(self) -> list[LayerState]:
+        """What each layer keeps for a request, by the layer index that it passes to `ctx.attend`."""
+
+    @abstractmethod
+    def forward(self, tok_R: Tensor, ctx: StepContext) -> Tensor:
+        """Hidden states [R, E] after the final norm, in the model's type. tok_R: int32 or int64 [R].
+
+        Calls `ctx.attend` once a layer, in the order of the layers.
+        """
+
+    @abstractmethod
+    def logits(self, hidden_ME: Tensor) -> Tensor:
+        """Logits [M, V] of hidden states: float32, or float64 for a float64 model."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Every checkpoint tensor by name, and the views of the parameters that it is copied to.
+
+        A name's views all have the shape of the checkpoint tensor; together the views cover all parameters.
+        """

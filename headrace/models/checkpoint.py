@@ -1,0 +1,348 @@
+"""Checkpoints: finding them, checking them as a whole, and streaming them into a model.
+
+Names, shapes and types of all tensors are compared with the model's before any memory is taken, and every
+difference is reported at once. Then each tensor is copied into its place, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from headrace.errors import CheckpointError, ConfigError
+from headrace.layers.placement import Placement
+from headrace.models.base import CausalLM
+from headrace.models.config import DTYPES, ModelConfig
+from headrace.models.registry import build_model, read_config
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+LISTED = 8
+"""Names listed of each kind of problem; the rest is counted."""
+
+# Old checkpoints store the frequencies of the rotation, which follow from the configuration.
+REDUNDANT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+STD = 0.02
+REMEDY = "fetch the checkpoint again, or correct config.json"
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype = "auto",
+    load_format: str = "auto",
+    max_model_len: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> CausalLM:
+    """A model ready for inference: parameters loaded, converted, without gradient.
+
+    Args:
+        path_or_id: directory of a checkpoint (config.json and safetensors), or a hub id.
+        device: where the parameters go.
+        dtype: their type; "auto": the checkpoint's on a GPU, float32 on the CPU.
+        load_format: "auto" loads the weights; "random" makes them from `seed` by name and shape alone
+            (std 0.02, norms 1) and needs only config.json.
+        max_model_len: longest sequence in tokens; None: the checkpoint's max_position_embeddings. With longrope it
+            also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
+        seed: seed of random weights.
+        revision: revision of a hub id.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
+        UnsupportedModelError: the configuration asks for something that is not implemented.
+        ConfigError: an argument is impossible.
+    """
+    if load_format not in ("auto", "random"):
+        raise ConfigError(f"load_format is {load_format!r}; choose from auto, random")
+    device = torch.device(device)
+    wanted = _parse_dtype(dtype)
+    directory = resolve_model(path_or_id, revision, weights=load_format == "auto")
+    config = read_config(directory)
+    entries: dict[str, Entry] = {}
+    if load_format == "auto":
+        entries = read_headers(directory)
+        outline = Placement(torch.device("meta"), torch.float32)
+        expected = build_model(config, max_model_len=max_model_len, place=outline).tensors()
+        _check(directory, config, expected, entries)
+    place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    model = build_model(config, max_model_len=max_model_len, place=place)
+    if load_format == "auto":
+        _stream(model.tensors(), entries)
+    else:
+        fill_random(model, seed)
+    return model.eval()
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The type asked for, or None for "auto"."""
+    if dtype == "auto":
+        return None
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES.values() else None
+    if found is None:
+        raise ConfigError(f"dtype is {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+    return found
+
+
+def _auto_dtype(config: ModelConfig, device: torch.device, entries: Mapping[str, Entry]) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    if config.dtype is not None:
+        return config.dtype
+    stored = {FLOATS[entry.dtype] for entry in entries.values() if entry.dtype in FLOATS}
+    return stored.pop() if len(stored) == 1 else torch.bfloat16
+
+
+def resolve_model(path_or_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint: a local one as it is, else the snapshot of a hub id, fetched if need be.
+
+    HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured at the time of the call.
+
+    Args:
+        path_or_id: directory or hub id ("owner/name").
+        revision: branch, tag or commit of a hub id; None: the main branch.
+        weights: fetch the weights as well as configuration and tokenizer.
+
+    Raises:
+        CheckpointError: there is no such directory and the hub does not give it, with the reason.
+    """
+    name = os.fspath(path_or_id)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"revision {revision!r} was given, but {name} is a local directory: leave it out")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name} is a file: give the directory that holds config.json and the weights")
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name} is no directory here, and cannot be a hub id (owner/name): check the path")
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            endpoint=endpoint,
+            cache_dir=os.environ.get("HF_HUB_CACHE") or None,
+            local_files_only=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+            allow_patterns=patterns,
+            # Subfolders hold other formats of the same weights, consolidated files the same weights once more.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointError(_hub_refusal(name, revision, endpoint, error)) from error
+    except Exception as error:  # the client also lets errors of its HTTP library through, whichever that is
+        raise CheckpointError(
+            f"{name} is no directory here, and could not be fetched from {endpoint or 'the hub'} "
+            f"({_first_line(error)}): without a connection, copy the checkpoint to this machine and give its "
+            "directory, or set HF_HUB_CACHE to a cache that holds it, or HF_ENDPOINT to a mirror that can be reached"
+        ) from error
+    return Path(found)
+
+
+def _hub_refusal(name: str, revision: str | None, endpoint: str | None, error: Exception) -> str:
+    hub = endpoint or "the hub"
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated on {hub}: accept its terms there and set HF_TOKEN, or give a local directory"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision!r} on {hub}: give a branch, tag or commit that exists"
+    return (
+        f"{name} is no directory here, and {hub} does not know it: check the name, set HF_TOKEN if it is private, "
+        "or give a local directory"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def read_headers(directory: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint, from the headers of its files alone.
+
+    Raises CheckpointError, naming every file that is missing, damaged or contradicts the index.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}: remove the one that is out of date")
+    if single.exists():
+        entries, damage = _read_files([single])
+        if damage:
+            raise CheckpointError(_report(directory, {"damaged files": damage}))
+        return entries[single]
+    if index.exists():
+        return _read_sharded(directory, _read_index(index))
+    others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf", "*.pt") for path in directory.glob(pattern))
+    hint = f" (found {', '.join(others[:3])}: convert them to safetensors)" if others else ""
+    raise CheckpointError(
+        f"{directory} has neither {SINGLE} nor {INDEX}{hint}: fetch the weights, or use load_format='random'"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of shards ({_first_line(error)}): fetch it again") from error
+    outside = sorted({file for file in pairs.values() if Path(file).name != file or file in ("", ".", "..")})
+    if outside:
+        raise CheckpointError(f"{path} names files outside its directory ({_list(outside)}): fetch it again")
+    return pairs
+
+
+def _read_sharded(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
+    files = sorted({directory / file for file in weight_map.values()})
+    absent = [path for path in files if not path.exists()]
+    shards, damage = _read_files(path for path in files if path.exists())
+    entries: dict[str, Entry] = {}
+    for name, file in weight_map.items():
+        entry = shards.get(directory / file, {}).get(name)
+        if entry is not None:
+            entries[name] = entry
+    unreadable = {path.name for path in absent} | {path.name for path in files if path not in shards}
+    lost = [
+        f"{name} (in {file})" for name, file in weight_map.items() if name not in entries and file not in unreadable
+    ]
+    stray = [
+        f"{name} (in {path.name})"
+        for path, held in shards.items()
+        for name in held
+        if weight_map.get(name) != path.name
+    ]
+    problems = {
+        "missing files": [path.name for path in absent],
+        "damaged files": damage,
+        "in the index, not in its file": lost,
+        "in a file, not so in the index": stray,
+    }
+    if any(problems.values()):
+        raise CheckpointError(_report(directory, problems))
+    return entries
+
+
+def _read_files(files: Iterable[Path]) -> tuple[dict[Path, dict[str, Entry]], list[str]]:
+    """The tensors of each readable file, and a sentence for each that is not."""
+    found: dict[Path, dict[str, Entry]] = {}
+    damage: list[str] = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+                found[path] = {
+                    name: Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+                }
+        except (SafetensorError, OSError, ValueError) as error:
+            damage.append(f"{path.name} ({path.stat().st_size} bytes; {_first_line(error)})")
+    return found, damage
+
+
+def _check(
+    directory: Path, config: ModelConfig, places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]
+) -> None:
+    """Compare the checkpoint's tensors with the model's; raise one error that names all differences."""
+    known = {name for name in entries if REDUNDANT.fullmatch(name)}
+    problems: dict[str, list[str]] = {
+        "missing": [name for name in places if name not in entries],
+        "unexpected": [name for name in entries if name not in places and name not in known],
+        "of the wrong shape": [],
+        "of a type that is not implemented": [],
+    }
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in problems["unexpected"] and embedding in entries:
+        problems["unexpected"].remove(head)
+        if not _equal(entries[head], head, entries[embedding], embedding):
+            problems["differing although tie_word_embeddings is true"] = [f"{head} from {embedding}"]
+    for name, views in places.items():
+        if name not in entries:
+            continue
+        must = tuple(views[0].shape)
+        if entries[name].shape != must:
+            problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
+        if entries[name].dtype not in FLOATS:
+            problems["of a type that is not implemented"].append(f"{name} is {entries[name].dtype}")
+    if not any(problems.values()):
+        return
+    tied = problems["missing"] == [head] and not config.tie_word_embeddings
+    remedy = "if the head is the embedding, set tie_word_embeddings in config.json" if tied else REMEDY
+    raise CheckpointError(_report(directory, problems, remedy))
+
+
+def _equal(a: Entry, a_name: str, b: Entry, b_name: str) -> bool:
+    if a.shape != b.shape:
+        return False
+    with safe_open(a.file, framework="pt") as first, safe_open(b.file, framework="pt") as second:
+        tensor = first.get_tensor(a_name)
+        return torch.equal(tensor, second.get_tensor(b_name).to(tensor.dtype))
+
+
+def _report(directory: Path, problems: Mapping[str, list[str]], remedy: str = REMEDY) -> str:
+    parts = [f"{kind} ({len(items)}): {_list(items)}" for kind, items in problems.items() if items]
+    return f"{directory} does not hold the model that its files describe: {'; '.join(parts)}: {remedy}"
+
+
+def _list(items: list[str]) -> str:
+    rest = len(items) - LISTED
+    return ", ".join(items[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) -> None:
+    """Copy tensor by tensor, file by file: at most one tensor is held twice."""
+    by_file: dict[Path, list[str]] = {}
+    for name in places:
+        by_file.setdefault(entries[name].file, []).append(name)
+    overflow: list[str] = []
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                source = file.get_tensor(name)
+                for view in places[name]:
+                    view.copy_(source)
+                if _narrower(places[name][0].dtype, source.dtype) and not places[name][0].isfinite().all():
+                    overflow.append(name)
+    if overflow:
+        kind = str(next(iter(places.values()))[0].dtype).removeprefix("torch.")
+        raise CheckpointError(f"values of {_list(overflow)} do not fit into {kind}: use dtype='bfloat16' or 'float32'")
+
+
+def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
+    """Whether the target's range is smaller, not counting bfloat16's last half per cent."""
+    return torch.finfo(target).max < 0.99 * torch.finfo(source).max
+
+
+def fill_random(model: CausalLM, seed: int) -> None:
+    """Fill a model from a seed: normal with standard deviation 0.02, norms 1.
+
+    A tensor's values depend on seed, device type and its place in the model's list of tensors, not on the model's
+    type: they are drawn in float32 and rounded.
+    """
+    for index, (name, views) in enumerate(model.tensors().items()):
+        target = views[0]
+        if name.endswith("norm.weight"):
+            values = torch.ones_like(target)
+        else:
+            generator = torch.Generator(device=target.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+            values = torch.empty_like(target, dtype=torch.float32).normal_(0.0, STD, generator=generator)
+        for view in views:
+            view.copy_(values)

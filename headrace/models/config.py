@@ -1,0 +1,355 @@
+"""A model's configuration, read from the config.json of its checkpoint.
+
+Both styles are read: `rope_parameters` and `dtype` (transformers 5), `rope_theta`, `rope_scaling` and `torch_dtype`
+(before). Every entry must be understood: one that is neither used, nor known to change nothing in inference, nor
+switched off (null, false, 0, empty) is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headrace.errors import ConfigError, UnsupportedModelError
+from headrace.layers.rotary import SCALINGS, RopeConfig
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# Entries that change nothing in inference: book-keeping, training, and defaults of text generation that older
+# versions of transformers wrote into config.json.
+INERT = re.compile(
+    r"""
+    _.* | unsloth.* | architectures | model_type | transformers_version | transformers\.js_config | auto_map
+    | name_or_path | tokenizer_class | initializer_range | attention_dropout | hidden_dropout | embd_pdrop
+    | resid_pdrop | gradient_checkpointing | neftune_noise_alpha | use_cache | pretraining_tp
+    | max_sequence_length | attn_implementation | attention_implementation | is_decoder | return_dict
+    | torchscript | use_bfloat16 | output_attentions | output_hidden_states | output_scores
+    | return_dict_in_generate | id2label | label2id | problem_type | finetuning_task | task_specific_params
+    | prefix | bos_token_id | pad_token_id | sep_token_id | unk_token_id | decoder_start_token_id
+    | forced_bos_token_id | forced_eos_token_id | begin_suppress_tokens | suppress_tokens | bad_words_ids
+    | remove_invalid_values | exponential_decay_length_penalty | temperature | top_k | top_p | typical_p
+    | repetition_penalty | length_penalty | no_repeat_ngram_size | min_length | max_length
+    | encoder_no_repeat_ngram_size | num_beams | num_beam_groups | diversity_penalty | num_return_sequences
+    | do_sample | early_stopping | chunk_size_feed_forward | is_llama_config
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and options of a decoder. Sizes are in elements, positions in tokens."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int, ...] = ()
+    """Tokens that each layer's rows see, one entry a layer; 0: all."""
+    dtype: torch.dtype | None = None
+    """Type of the checkpoint, if the file says."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    architectures: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Entries:
+    """Typed access to config.json that remembers what was read.
+
+    Raises UnsupportedModelError, naming entry, value and file, for missing or ill-typed entries.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+        self._read: set[str] = set()
+
+    def get(self, key: str) -> Any:
+        """The raw entry, or None."""
+        self._read.add(key)
+        return self.raw.get(key)
+
+    def refuse(self, key: str, must: str) -> UnsupportedModelError:
+        """The error for an entry whose value cannot be used."""
+        return UnsupportedModelError(f"{self.where}: {key} is {self.raw.get(key)!r}; it must be {must}")
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        """A whole number of at least `low`; required if there is no default."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not float(value).is_integer()
+            or value < low
+        ):
+            raise self.refuse(key, f"a whole number of at least {low}")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; required if there is no default."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.refuse(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self.get(key)
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or not all(isinstance(x, int | float) and x > 0 for x in value)
+        ):
+            raise self.refuse(key, f"a list of {count} positive numbers")
+        return tuple(float(x) for x in value)
+
+    def finish(self) -> None:
+        """Refuse entries that nobody read and that might change the model."""
+        left = {
+            key: value
+            for key, value in self.raw.items()
+            if key not in self._read and not INERT.fullmatch(key) and value
+        }
+        if left:
+            listed = ", ".join(f"{key} = {_short(value)}" for key, value in left.items())
+            raise UnsupportedModelError(
+                f"{self.where}: {listed}: not implemented for this model; if the checkpoint does not need it, "
+                "remove it from the file"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_decoder(
+    entries: Entries,
+    *,
+    attention_bias: bool,
+    mlp_bias: bool = False,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    max_positions: int | None = None,
+    windows: bool = False,
+) -> ModelConfig:
+    """The entries that all families share; the arguments are the family's options and defaults.
+
+    Args:
+        entries: the file. Everything left over in it afterwards is refused.
+        attention_bias, mlp_bias: the family's biases, as its own entries say.
+        kv_heads: default of num_key_value_heads; None: as many as query heads.
+        head_dim: default of head_dim; None: hidden_size / num_attention_heads.
+        max_positions: default of max_position_embeddings; None: required.
+        windows: whether the family has sliding windows.
+    """
+    _refuse_variants(entries)
+    hidden_size = entries.integer("hidden_size")
+    num_heads = entries.integer("num_attention_heads")
+    num_layers = entries.integer("num_hidden_layers")
+    num_kv_heads = entries.integer("num_key_value_heads", kv_heads or num_heads)
+    if num_heads % num_kv_heads:
+        raise entries.refuse("num_attention_heads", f"a multiple of num_key_value_heads = {num_kv_heads}")
+    if head_dim is None and entries.get("head_dim") is None and hidden_size % num_heads:
+        raise entries.refuse("hidden_size", f"a multiple of num_attention_heads = {num_heads}, or head_dim given")
+    head_dim = entries.integer("head_dim", head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise UnsupportedModelError(f"{entries.where}: head_dim is {head_dim}; the rotation needs an even number")
+    positions = entries.integer("max_position_embeddings", max_positions)
+    config = ModelConfig(
+        model_type=entries.raw["model_type"],
+        vocab_size=entries.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=entries.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=entries.number("rms_norm_eps", 1e-6),
+        rope=read_rope(entries, head_dim, positions),
+        max_position_embeddings=positions,
+        tie_word_embeddings=entries.flag("tie_word_embeddings", False),
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        windows=_read_windows(entries, num_layers) if windows else (0,) * num_layers,
+        dtype=_read_dtype(entries),
+        bos_token_id=_read_token_ids(entries, "bos_token_id")[0] if entries.get("bos_token_id") is not None else None,
+        eos_token_ids=_read_token_ids(entries, "eos_token_id"),
+        architectures=tuple(entries.raw.get("architectures") or ()),
+    )
+    entries.finish()
+    return config
+
+
+def _refuse_variants(entries: Entries) -> None:
+    """Options that are common enough to deserve a sentence of their own."""
+    quantization = entries.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"{entries.where}: quantization_config names method {method!r}; quantised checkpoints are not implemented: "
+            "use the checkpoint with float32, bfloat16 or float16 weights"
+        )
+    if entries.get("hidden_act") not in (None, "silu", "swish"):
+        raise entries.refuse("hidden_act", "'silu', the only activation implemented")
+
+
+def _read_dtype(entries: Entries) -> torch.dtype | None:
+    old, new = entries.get("torch_dtype"), entries.get("dtype")
+    key = "torch_dtype" if new is None else "dtype"
+    name = old if new is None else new
+    if name is None or name == "auto":
+        return None
+    if name not in DTYPES:
+        raise entries.refuse(key, f"one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _read_token_ids(entries: Entries, key: str) -> tuple[int, ...]:
+    value = entries.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise entries.refuse(key, "a token id or a list of token ids")
+    return tuple(ids)
+
+
+def _read_windows(entries: Entries, num_layers: int) -> tuple[int, ...]:
+    """Window of each layer (Qwen2, Qwen3): by `layer_types`, else from layer `max_window_layers` on."""
+    types = entries.get("layer_types")
+    first = entries.integer("max_window_layers", 28, low=0)
+    size = entries.get("sliding_window")
+    on = entries.flag("use_sliding_window", False) and size is not None
+    if types is None:
+        types = ["sliding_attention" if on and layer >= first else "full_attention" for layer in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise entries.refuse("layer_types", f"a list of num_hidden_layers = {num_layers} entries")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"{entries.where}: layer_types names {kind!r}; implemented are 'full_attention', 'sliding_attention'"
+            )
+    if "sliding_attention" in types and not on:
+        raise UnsupportedModelError(
+            f"{entries.where}: layer_types names 'sliding_attention', but use_sliding_window is "
+            f"{entries.get('use_sliding_window')!r} and sliding_window is {size!r}: set both, or change layer_types"
+        )
+    window = entries.integer("sliding_window") if on else 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+
+def read_rope(entries: Entries, head_dim: int, max_positions: int) -> RopeConfig:
+    """The rotation, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
+    new, old = entries.get("rope_parameters"), entries.get("rope_scaling")
+    if new and old and new != old:
+        raise UnsupportedModelError(
+            f"{entries.where}: rope_parameters and rope_scaling are both given and differ: remove one of them"
+        )
+    raw = new or old or {}
+    if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
+        raise UnsupportedModelError(
+            f"{entries.where}: rope_parameters is {_short(raw)}; one set of parameters for all layers is implemented"
+        )
+    rope = Entries(raw, f"{entries.where}: {'rope_parameters' if new else 'rope_scaling'}")
+    outer_theta = entries.get("rope_theta")
+    theta = entries.number("rope_theta", 10000.0) if rope.get("rope_theta") is None else rope.number("rope_theta")
+    if outer_theta is not None and outer_theta != theta:
+        raise UnsupportedModelError(
+            f"{entries.where}: rope_theta is {outer_theta} and {theta} in rope_parameters: remove one of them"
+        )
+    kinds = {kind for kind in (rope.get("rope_type"), rope.get("type")) if kind is not None} or {"default"}
+    if len(kinds) > 1 or not kinds <= set(SCALINGS):
+        raise UnsupportedModelError(
+            f"{rope.where} has rope_type {' and '.join(map(repr, sorted(kinds)))}; implemented: {', '.join(SCALINGS)}"
+        )
+    config = _read_scaling(kinds.pop(), theta, rope, entries, head_dim, max_positions)
+    rope.finish()
+    return config
+
+
+def _read_scaling(
+    scaling: str, theta: float, rope: Entries, entries: Entries, head_dim: int, max_positions: int
+) -> RopeConfig:
+    partial = entries.get("partial_rotary_factor")
+    if partial is not None and rope.get("partial_rotary_factor") is None:
+        rotated = entries.number("partial_rotary_factor")
+    else:
+        rotated = rope.number("partial_rotary_factor", 1.0)
+    if scaling == "proportional":
+        return RopeConfig(scaling, theta, factor=rope.number("factor", 1.0), rotated=rotated)
+    if rotated != 1.0:
+        raise UnsupportedModelError(
+            f"{entries.where}: partial_rotary_factor is {rotated}; rope scaling {scaling!r} turns whole heads (1.0)"
+        )
+    if scaling == "default":
+        return RopeConfig(scaling, theta)
+    if scaling in ("linear", "dynamic"):
+        return RopeConfig(scaling, theta, factor=rope.number("factor"))
+    inner = rope.integer("original_max_position_embeddings", max_positions)
+    original = entries.integer("original_max_position_embeddings", inner)
+    attention_factor = None if rope.get("attention_factor") is None else rope.number("attention_factor")
+    ratio = max_positions / original
+    if scaling == "longrope":
+        return RopeConfig(
+            scaling,
+            theta,
+            factor=rope.number("factor", ratio),
+            original_positions=original,
+            attention_factor=attention_factor,
+            short_factor=rope.numbers("short_factor", head_dim // 2),
+            long_factor=rope.numbers("long_factor", head_dim // 2),
+        )
+    if scaling == "yarn":
+        return RopeConfig(
+            scaling,
+            theta,
+            factor=rope.number("factor", ratio),
+            original_positions=original,
+            attention_factor=attention_factor,
+            beta_fast=rope.number("beta_fast", 32.0),
+            beta_slow=rope.number("beta_slow", 1.0),
+            mscale=float(rope.get("mscale") or 0.0),
+            mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
+            truncate=rope.flag("truncate", True),
+        )
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise ConfigError(f"{rope.where}: low_freq_factor is {low}; it must be below high_freq_factor = {high}")
+    return RopeConfig(
+        scaling,
+        theta,
+        factor=rope.number("factor"),
+        original_positions=original,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )

@@ -1,0 +1,75 @@
+"""Registries of parts: a technique is one file plus one registration.
+
+Each seam owns one `Registry`. A part brings its label, one sentence and its source, from which the
+table in docs/systems.md is generated; conformance suites are parametrised over the same registries,
+so that a new part is tested by existing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from headrace.errors import ConfigError
+
+Label = Literal["exact", "in_law", "lossy", "contextual"]
+"""`exact`: same tokens as plain decoding; `in_law`: same distribution; `lossy`: other tokens, a function of the
+request alone; `contextual`: depends on cache contents, neighbours or load."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """One registered part of a seam."""
+
+    name: str
+    make: Callable[..., T]
+    label: Label
+    option: str
+    """How a user asks for it, as in `LLM(scheduler="splitfuse")`."""
+    summary: str
+    source: str = ""
+    """Paper (arXiv id) or other origin."""
+    composes: str = "everything"
+    """What it combines with, or the exceptions that are refused at start."""
+
+
+class Registry(Generic[T]):
+    """The parts of one seam by name."""
+
+    def __init__(self, seam: str, option: str) -> None:
+        self.seam = seam
+        self.option = option
+        self._parts: dict[str, Part[T]] = {}
+
+    def register(
+        self, name: str, *, label: Label, summary: str, source: str = "", option: str = "", composes: str = "everything"
+    ) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Decorator for a class or factory. Raises ConfigError when the name is taken."""
+
+        def add(make: Callable[..., T]) -> Callable[..., T]:
+            if name in self._parts:
+                raise ConfigError(f"{self.seam} {name!r} is registered twice: choose another name")
+            how = option or f'{self.option}="{name}"'
+            self._parts[name] = Part(name, make, label, how, summary, source, composes)
+            return make
+
+        return add
+
+    def __getitem__(self, name: str) -> Part[T]:
+        if name not in self._parts:
+            raise ConfigError(f"{self.option}={name!r} is not a known {self.seam}; known: {', '.join(self._parts)}")
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[Part[T]]:
+        return iter(self._parts.values())
+
+    def names(self) -> list[str]:
+        """Names in the order of registration."""
+        return list(self._parts)
+
+    def remove(self, name: str) -> None:
+        """Take a part out again (tests register parts of their own)."""
+        del self._parts[name]

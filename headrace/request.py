@@ -1,0 +1,189 @@
+"""A request: its state machine, its clocks, and the one portable record.
+
+The record holds everything that a request is between two steps: tokens, log-probs, parameters and
+clocks. Noise is keyed by (stream, position), so there is no generator state to carry: a request
+resumed anywhere from its record continues with the same tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.errors import HeadraceError, InvariantError, RequestError
+from headrace.params import SamplingParams
+
+RECORD_VERSION = 1
+
+
+class State(enum.Enum):
+    """Where a request stands in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    REMOTE = "remote"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+_MOVES: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RUNNING: frozenset({State.PREEMPTED, State.PAUSED, State.REMOTE, State.FINISHED}),
+    State.PREEMPTED: frozenset({State.RUNNING, State.FINISHED}),
+    State.PAUSED: frozenset({State.RUNNING, State.FINISHED}),
+    State.REMOTE: frozenset({State.RUNNING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class Finish(enum.IntEnum):
+    """Why a request ended; 0 while it runs. The number is the one in the device table."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+
+    @property
+    def reason(self) -> str | None:
+        """The word users see; None while the request runs."""
+        return None if self is Finish.NONE else self.name.lower()
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token under the model's own distribution, and its rank (1: most probable)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id to log-probability, at one position."""
+
+
+@dataclass
+class Request:
+    """One sample of one prompt. Owned by the engine; `tokens` grows, the rest of the identity is fixed."""
+
+    request_id: str
+    prompt_len: int
+    tokens: list[int]
+    """Prompt and output, by index."""
+    params: SamplingParams
+    seed: int
+    sample: int
+    stream: tuple[int, int]
+    """Key of the noise, as two int32 bit patterns."""
+    limit: int
+    """Bound on the number of tokens known."""
+    stop_ids: tuple[int, ...]
+    arrival: int = 0
+    """Order among requests; a preempted one keeps its place."""
+    prompt: str | None = None
+    state: State = State.WAITING
+    index: int = -1
+    """Row in every device table while it holds one; -1 otherwise."""
+    n_done: int = 0
+    """Tokens whose cache is committed."""
+    finish: Finish = Finish.NONE
+    stop_reason: int | str | None = None
+    """The stop string or token id that ended the output, other than the model's own end token."""
+    error: HeadraceError | None = None
+    token_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
+    """Page ids by group, in the order of slots."""
+    unit_keys: list[bytes] = field(default_factory=list)
+    """Prefix keys of the whole units of `tokens` seen so far."""
+    published: int = 0
+    """Units already offered to the prefix index."""
+    hit_tokens: int = 0
+    """Prompt tokens found in the prefix cache at the last admission."""
+    preemptions: int = 0
+    arrival_s: float = 0.0
+    first_token_s: float | None = None
+    finish_s: float | None = None
+
+    @property
+    def n_tok(self) -> int:
+        """Tokens known."""
+        return len(self.tokens)
+
+    @property
+    def pending(self) -> int:
+        """Tokens known but not committed."""
+        return len(self.tokens) - self.n_done
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens after the prompt."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt rows must be evaluated for their log-probs (so that no prefix may be skipped)."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
+
+    def move(self, state: State) -> None:
+        """Change state. Raises InvariantError for a move that the state machine does not have."""
+        if state not in _MOVES[self.state]:
+            raise InvariantError(f"request {self.request_id}: no move from {self.state.value} to {state.value}")
+        self.state = state
+
+    def to_record(self) -> dict[str, Any]:
+        """The portable record: plain data that JSON can carry."""
+        return {
+            "version": RECORD_VERSION,
+            "request_id": self.request_id,
+            "prompt": self.prompt,
+            "prompt_len": self.prompt_len,
+            "tokens": list(self.tokens),
+            "params": self.params.to_dict(),
+            "seed": self.seed,
+            "sample": self.sample,
+            "token_logprobs": list(self.token_logprobs),
+            "top_logprobs": [_plain(p) for p in self.top_logprobs],
+            "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
+            "preemptions": self.preemptions,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], **derived: Any) -> Request:
+        """A request in WAITING that continues where the record was taken.
+
+        `derived` are the fields the engine computes from its own configuration (stream, limit, stop_ids).
+        Raises RequestError if the record has another version.
+        """
+        if record.get("version") != RECORD_VERSION:
+            raise RequestError(
+                f"the record has version {record.get('version')!r}; this release reads {RECORD_VERSION}: "
+                "export it again with the same release"
+            )
+        return cls(
+            request_id=record["request_id"],
+            prompt=record["prompt"],
+            prompt_len=record["prompt_len"],
+            tokens=list(record["tokens"]),
+            params=SamplingParams.from_dict(record["params"]),
+            seed=record["seed"],
+            sample=record["sample"],
+            token_logprobs=list(record["token_logprobs"]),
+            top_logprobs=[_rich(p) or {} for p in record["top_logprobs"]],
+            prompt_logprobs=[_rich(p) for p in record["prompt_logprobs"]],
+            preemptions=record["preemptions"],
+            **derived,
+        )
+
+
+def _plain(position: PositionLogprobs | None) -> list[list[Any]] | None:
+    return None if position is None else [[t, p.logprob, p.rank, p.decoded_token] for t, p in position.items()]
+
+
+def _rich(position: list[list[Any]] | None) -> PositionLogprobs | None:
+    return None if position is None else {t: Logprob(p, rank, text) for t, p, rank, text in position}

@@ -1,0 +1,206 @@
+"""Logit processors: changes to the logits of single output rows before the draw.
+
+They run in the order of registration: bias, penalties, then masks; temperature, filters and noise follow in
+the draw itself. A processor sees only rows of requests that asked for it, and keeps what it needs by request
+index, so a row's result never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.params import SamplingParams
+from headrace.registry import Registry
+from headrace.request import Request
+
+
+class LogitProcessor(Protocol):
+    """One kind of change. Data of a request lives from `admit` to `release`."""
+
+    def wants(self, params: SamplingParams) -> bool:
+        """Whether a request with these parameters uses the processor."""
+        ...
+
+    def admit(self, request: Request) -> None:
+        """The request has taken `request.index`; its tokens may include output (after a preemption)."""
+        ...
+
+    def release(self, index: int) -> None:
+        """The index is given back."""
+        ...
+
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+        """Change the given rows in place; rows[i] draws for the request at indices[i]."""
+        ...
+
+    def observe(self, index: int, token: int) -> None:
+        """The request emitted a token."""
+        ...
+
+
+PROCESSORS: Registry[LogitProcessor] = Registry("logit processor", "SamplingParams")
+
+
+@PROCESSORS.register(
+    "logit_bias", label="exact", summary="Adds a value to the logits of given tokens.", option="logit_bias={id: value}"
+)
+class LogitBias:
+    """logits[v] += bias[v]."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def wants(self, params: SamplingParams) -> bool:
+        """Any bias given."""
+        return bool(params.logit_bias)
+
+    def admit(self, request: Request) -> None:
+        """Move the bias to the device."""
+        bias = request.params.logit_bias or {}
+        ids = torch.tensor(list(bias), dtype=torch.int64, device=self._device)
+        self._bias[request.index] = ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device)
+
+    def release(self, index: int) -> None:
+        """Forget the bias."""
+        self._bias.pop(index, None)
+
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+        """Add."""
+        for row, index in zip(rows, indices, strict=True):
+            ids, values = self._bias[index]
+            logits_MV[row, ids] += values
+
+    def observe(self, index: int, token: int) -> None:
+        """A bias does not change."""
+
+
+@PROCESSORS.register(
+    "penalties",
+    label="exact",
+    summary="Repetition, presence and frequency penalties.",
+    source="repetition: CTRL, arXiv 1909.05858",
+    option="repetition_penalty=, presence_penalty=, frequency_penalty=",
+)
+class Penalties:
+    """Repetition: l / r where l > 0, else l * r, for tokens in prompt or output; then l - f * count - p * [count > 0]
+    with counts over the output."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._seen_V: dict[int, Tensor] = {}
+        self._count_V: dict[int, Tensor] = {}
+        self._params: dict[int, SamplingParams] = {}
+
+    def wants(self, params: SamplingParams) -> bool:
+        """Any penalty differs from its identity."""
+        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    def admit(self, request: Request) -> None:
+        """Count the tokens known so far."""
+        tokens = torch.tensor(request.tokens, dtype=torch.int64, device=self._device)
+        seen_V = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+        seen_V[tokens] = True
+        output = tokens[request.prompt_len :]
+        self._seen_V[request.index] = seen_V
+        self._count_V[request.index] = torch.bincount(output, minlength=self._vocab_size).float()
+        self._params[request.index] = request.params
+
+    def release(self, index: int) -> None:
+        """Forget the counts."""
+        for table in (self._seen_V, self._count_V, self._params):
+            table.pop(index, None)  # type: ignore[attr-defined]
+
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+        """Penalise."""
+        for row, index in zip(rows, indices, strict=True):
+            params, logits_V, count_V = self._params[index], logits_MV[row], self._count_V[index]
+            if params.repetition_penalty != 1.0:
+                factor = params.repetition_penalty
+                scaled_V = torch.where(logits_V > 0, logits_V / factor, logits_V * factor)
+                logits_V = torch.where(self._seen_V[index], scaled_V, logits_V)
+            logits_V = logits_V - params.frequency_penalty * count_V - params.presence_penalty * (count_V > 0)
+            logits_MV[row] = logits_V
+
+    def observe(self, index: int, token: int) -> None:
+        """Count one more."""
+        self._seen_V[index][token] = True
+        self._count_V[index][token] += 1
+
+
+@PROCESSORS.register(
+    "allowed_token_ids",
+    label="exact",
+    summary="Only the given tokens may be drawn.",
+    option="allowed_token_ids=[...]",
+)
+class AllowedTokens:
+    """logits[v] = -inf for v outside the allowed set."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._forbidden_V: dict[int, Tensor] = {}
+
+    def wants(self, params: SamplingParams) -> bool:
+        """A set is given."""
+        return params.allowed_token_ids is not None
+
+    def admit(self, request: Request) -> None:
+        """Build the mask."""
+        forbidden_V = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+        forbidden_V[torch.tensor(request.params.allowed_token_ids, dtype=torch.int64, device=self._device)] = False
+        self._forbidden_V[request.index] = forbidden_V
+
+    def release(self, index: int) -> None:
+        """Forget the mask."""
+        self._forbidden_V.pop(index, None)
+
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+        """Mask."""
+        for row, index in zip(rows, indices, strict=True):
+            logits_MV[row].masked_fill_(self._forbidden_V[index], -torch.inf)
+
+    def observe(self, index: int, token: int) -> None:
+        """The set does not change."""
+
+
+@PROCESSORS.register(
+    "min_tokens", label="exact", summary="No stop token before so many output tokens.", option="min_tokens="
+)
+class MinTokens:
+    """logits[stop ids] = -inf while fewer than min_tokens tokens are out."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._stops: dict[int, Tensor] = {}
+        self._left: dict[int, int] = {}
+
+    def wants(self, params: SamplingParams) -> bool:
+        """A minimum is given."""
+        return params.min_tokens > 0
+
+    def admit(self, request: Request) -> None:
+        """Count what is out already."""
+        self._stops[request.index] = torch.tensor(request.stop_ids, dtype=torch.int64, device=self._device)
+        self._left[request.index] = request.params.min_tokens - len(request.output_ids)
+
+    def release(self, index: int) -> None:
+        """Forget the count."""
+        self._stops.pop(index, None)
+        self._left.pop(index, None)
+
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+        """Mask."""
+        for row, index in zip(rows, indices, strict=True):
+            if self._left[index] > 0:
+                logits_MV[row, self._stops[index]] = -torch.inf
+
+    def observe(self, index: int, token: int) -> None:
+        """One token fewer to wait for."""
+        self._left[index] -= 1

@@ -1,0 +1,166 @@
+"""The step composer and the contract of a scheduler policy.
+
+A step is a grant of rows to requests under a budget; there are no phases. `compose` is a pure function of
+a `Snapshot` and a policy: it touches no page and no tensor, so a simulator can run the same code. It
+returns grants, or, when the request that must move next lacks pages, one victim to preempt; the engine
+then releases the victim's pages and composes again.
+
+Two guarantees hold for every policy. Who lacks pages may take those of younger requests, never of older
+ones, so the oldest always gets to its end. And a step with work to do is never empty: either rows are
+granted or somebody is preempted, so running out of pages cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from headrace.errors import InvariantError
+from headrace.registry import Registry
+
+
+class RequestView(NamedTuple):
+    """One request as a policy sees it. `key` identifies it to the engine."""
+
+    key: int
+    arrival: int
+    running: bool
+    least: int
+    """Rows below which a grant brings no progress."""
+    most: int
+    """Rows that can be used in this step."""
+    decoding: bool
+    """Whether the prompt is committed, so that every further step brings a token."""
+    kv_len: tuple[int, ...]
+    """Committed slots by group (for a waiting request: those that a prefix hit would bring)."""
+    pages: tuple[int, ...]
+    """Pages held by group (for a waiting request: those that a prefix hit would bring)."""
+    idle_hits: int = 0
+    """Pages of the hit that count as free now and would stop being so."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a policy may know when it plans a step."""
+
+    running: Sequence[RequestView]
+    waiting: Sequence[RequestView]
+    free_pages: tuple[int, ...]
+    """Pages by group that can be had without preempting anybody."""
+    page_size: int
+    budget: int
+    """Rows a step at most."""
+    max_running: int
+
+
+@dataclass
+class Schedule:
+    """What one step does. Either `victim` is set and nothing else, or the step has grants."""
+
+    grants: dict[int, int] = field(default_factory=dict)
+    admitted: list[int] = field(default_factory=list)
+    """Keys of waiting requests among the grants, in order."""
+    victim: int | None = None
+
+
+class SchedulerPolicy(Protocol):
+    """Four decisions, each a pure function of the snapshot."""
+
+    def order(self, snapshot: Snapshot) -> list[list[RequestView]]:
+        """Phases of requests, each in the order in which they get rows; the step is the first phase in which
+        anybody does. The first request of a phase is served before all others whatever its demand."""
+        ...
+
+    def budget(self, snapshot: Snapshot) -> int:
+        """Rows for this step, at most `snapshot.budget`."""
+        ...
+
+    def admits(self, view: RequestView, need: tuple[int, ...], free: tuple[int, ...], running: int) -> bool:
+        """Whether a waiting request may start: `need` pages by group hold all it has pending, `free` are left
+        beside `running` others."""
+        ...
+
+    def victim(self, candidates: Sequence[RequestView]) -> RequestView:
+        """Who gives its pages back. Candidates are running and stand behind the request in need."""
+        ...
+
+
+SCHEDULERS: Registry[SchedulerPolicy] = Registry("scheduler", "scheduler")
+
+
+def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...]:
+    """Fresh pages by group so that `rows` more slots fit behind the committed ones."""
+    return tuple(
+        max(0, -(-(length + rows) // page_size) - held) for length, held in zip(view.kv_len, view.pages, strict=True)
+    )
+
+
+def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
+    """Rows for which the pages held and the free ones suffice."""
+    return min(
+        (held + spare) * page_size - length
+        for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
+    )
+
+
+def compose(policy: SchedulerPolicy, snapshot: Snapshot) -> Schedule:
+    """Grants for one step, or a victim. Raises InvariantError if no phase can move, which a cache that holds
+    the longest request rules out."""
+    phases = policy.order(snapshot)
+    for phase in phases:
+        schedule = _compose_phase(policy, snapshot, phase)
+        if schedule.grants or schedule.victim is not None:
+            return schedule
+    if any(phases):
+        raise InvariantError("a step with work to do was composed empty: the cache is too small for one request")
+    return Schedule()
+
+
+def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[RequestView]) -> Schedule:
+    schedule = Schedule()
+    left = min(policy.budget(snapshot), snapshot.budget)
+    free = list(snapshot.free_pages)
+    running = len(snapshot.running)
+    for place, view in enumerate(order):
+        if left < 1:
+            break
+        # The first may be a long prompt: it leaves the decoding requests behind it a row each.
+        wanted = min(view.most, left if place else max(view.least, left - _rows_behind(order)))
+        if view.running:
+            rows = min(wanted, rows_that_fit(view, free, snapshot.page_size))
+            if rows < min(view.least, wanted):
+                younger = [v for v in snapshot.running if v.arrival > view.arrival]
+                if younger and not schedule.admitted:
+                    return Schedule(victim=policy.victim(younger).key)
+                continue
+        else:
+            rows = _rows_for_newcomer(policy, snapshot, view, wanted, free, running)
+            if rows < 1:
+                break  # first come, first served: nobody overtakes a request that waits for pages
+            schedule.admitted.append(view.key)
+            running += 1
+            free = [f - view.idle_hits for f in free]
+        free = [f - n for f, n in zip(free, pages_needed(view, rows, snapshot.page_size), strict=True)]
+        schedule.grants[view.key] = rows
+        left -= rows
+    return schedule
+
+
+def _rows_behind(order: Sequence[RequestView]) -> int:
+    """Least rows of the decoding requests behind the first."""
+    return sum(view.least for view in order[1:] if view.decoding)
+
+
+def _rows_for_newcomer(
+    policy: SchedulerPolicy, snapshot: Snapshot, view: RequestView, wanted: int, free: Sequence[int], running: int
+) -> int:
+    """Rows a waiting request starts with; 0 if it has to wait."""
+    if running >= snapshot.max_running:
+        return 0
+    spare = tuple(f - view.idle_hits for f in free)
+    need = pages_needed(view, view.most, snapshot.page_size)
+    fits = all(n <= s for n, s in zip(need, spare, strict=True))
+    if not fits or (running and not policy.admits(view, need, spare, running)):
+        return 0
+    return wanted

@@ -1,0 +1,100 @@
+"""The request table: one row a request index, at fixed addresses on the device.
+
+The host writes a row when a request is admitted; from then on commits on the device advance the clocks
+(`n_tok`, `n_done`, `kv_len`), append to `hist` and set `finish`. Row Bmax is the ghost's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.request import Request
+from headrace.step import FAR, Mirror
+
+MAX_STOP_IDS = 32
+"""Stop token ids a request may have, the model's own end tokens included."""
+
+
+class RequestTable:
+    """Clocks, history, noise keys and parameters of all requests that hold a request index.
+
+    Shapes: [Bmax+1] where nothing else is said.
+    """
+
+    def __init__(self, max_reqs: int, max_len: int, groups: int, device: torch.device) -> None:
+        self.ghost = max_reqs
+        self.device = device
+        self._mirrors: dict[str, Mirror] = {}
+        rows = max_reqs + 1
+        self.n_tok = self._table("n_tok", (rows,))  # tokens known
+        self.n_done = self._table("n_done", (rows,))  # tokens whose cache is committed
+        self.pos_off = self._table("pos_off", (rows,))  # RoPE position of a token minus its index
+        self.limit = self._table("limit", (rows,), fill=FAR)  # bound on n_tok
+        self.trigger = self._table("trigger", (rows,), fill=FAR)  # token index at which a cache policy acts next
+        self.finish = self._table("finish", (rows,))  # 0, or the finish reason
+        self.hold = self._table("hold", (rows,))  # provisional slots that survive the step
+        self.kv_len = self._table("kv_len", (groups, rows), axis=1)  # committed slots by group
+        self.ro_len = self._table("ro_len", (groups, rows), axis=1)  # slots below are shared, hence read-only
+        self.hist = self._table("hist", (rows, max_len))  # token ids by index
+        self.stop_ids = self._table("stop_ids", (rows, MAX_STOP_IDS), fill=-1)
+        self.stream = self._table("stream", (rows, 2))  # key of the noise, bit patterns of two u32
+        self.temperature = self._table("temperature", (rows,), torch.float32)
+        self.top_k = self._table("top_k", (rows,))
+        self.top_p = self._table("top_p", (rows,), torch.float32, fill=1.0)
+        self.min_p = self._table("min_p", (rows,), torch.float32)
+
+    def _table(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32, fill: float = 0, axis: int = 0
+    ) -> Tensor:
+        mirror = self._mirrors[name] = Mirror(shape, dtype, self.device, fill, axis)
+        return mirror.device_table
+
+    def admit(self, request: Request, index: int) -> None:
+        """Write the row of a request that takes `index`, its clocks standing at `request.n_done`."""
+        params = request.params
+        stops = np.full(MAX_STOP_IDS, -1, dtype=np.int32)
+        stops[: len(request.stop_ids)] = request.stop_ids
+        values = {
+            "n_tok": request.n_tok,
+            "n_done": request.n_done,
+            "pos_off": 0,
+            "limit": request.limit,
+            "trigger": FAR,
+            "finish": 0,
+            "hold": 0,
+            "kv_len": request.n_done,
+            "ro_len": request.n_done,
+            "stop_ids": stops,
+            "stream": request.stream,
+            "temperature": params.temperature,
+            "top_k": params.top_k,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+        }
+        for name, value in values.items():
+            mirror = self._mirrors[name]
+            mirror.host[(slice(None), index) if mirror.host.ndim == 2 and mirror.axis else index] = value
+            mirror.touch(index)
+        history = self._mirrors["hist"]
+        history.host[index, : request.n_tok] = request.tokens
+        history.touch(index)
+
+    def release(self, index: int) -> None:
+        """Make the row a ghost's: nothing committed, finished."""
+        for name in ("n_tok", "n_done", "kv_len", "ro_len"):
+            mirror = self._mirrors[name]
+            mirror.host[(slice(None), index) if mirror.axis else index] = 0
+            mirror.touch(index)
+
+    def set_read_only(self, index: int, slots: int) -> None:
+        """Raise ro_len after a publication, in every group."""
+        mirror = self._mirrors["ro_len"]
+        mirror.host[:, index] = slots
+        mirror.touch(index)
+
+    def flush(self) -> None:
+        """Upload what changed since the last step."""
+        for mirror in self._mirrors.values():
+            mirror.flush()

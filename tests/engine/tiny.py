@@ -1,0 +1,87 @@
+"""A tiny random model in float64, and engines over it. In float64 a tie between schedules is a bug, not rounding."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.config import EngineConfig
+from headrace.engine.engine import Engine
+from headrace.models.base import CausalLM
+from headrace.models.checkpoint import load_model
+from headrace.params import SamplingParams
+from headrace.request import Request
+
+VOCAB = 61
+EOS = 3
+MODEL_LEN = 96
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": MODEL_LEN,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+
+
+@functools.cache
+def tiny_model(dtype: str = "float64", seed: int = 0) -> CausalLM:
+    """Weights large enough that the next token depends on the whole context."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(CONFIG))
+        model = load_model(directory, device="cpu", dtype=dtype, load_format="random", seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.dim() == 2:
+                scale = 1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale)
+    return model
+
+
+def make_engine(*, model: CausalLM | None = None, eos_ids: Sequence[int] = (EOS,), **options: Any) -> Engine:
+    """An engine over the tiny model that audits itself after every step."""
+    settings: dict[str, Any] = {"num_pages": 512, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "page_size": 4}
+    config = EngineConfig(**{**settings, "check_invariants": True, "device": "cpu", **options})
+    return Engine(config, model or tiny_model(), eos_ids=eos_ids)
+
+
+def run_all(engine: Engine, most_steps: int = 100_000) -> None:
+    """Step until nothing is left to do."""
+    for _ in range(most_steps):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+@functools.cache
+def alone(prompt: tuple[int, ...], params_key: str, dtype: str = "float64") -> tuple[tuple[int, ...], str | None]:
+    """Tokens and finish reason of a request that has an engine for itself."""
+    engine = make_engine(model=tiny_model(dtype), enable_prefix_caching=False)
+    (request,) = engine.add(prompt, SamplingParams.from_dict(json.loads(params_key)), request_id="alone")
+    run_all(engine)
+    return tuple(request.output_ids), request.finish.reason
+
+
+def alone_of(request: Request) -> tuple[tuple[int, ...], str | None]:
+    """The same for a request of another engine."""
+    return alone(tuple(request.tokens[: request.prompt_len]), json.dumps(request.params.to_dict()))
