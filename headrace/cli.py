@@ -1,4 +1,4 @@
-"""The command line: generate, chat, bench. Thin; each command is a module of `headrace.commands` or `headrace.bench`."""
+"""The command line: generate, chat, bench. Thin; each command is a module below."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The Python API, in the shape that vLLM users know.
 
-    from headrace import LLM, SamplingParams
-    llm = LLM()                                   # the bundled model
-    out = llm.generate(["def fib(n):"], SamplingParams(temperature=0.6, max_tokens=64, seed=1))
-    print(out[0].outputs[0].text)
+from headrace import LLM, SamplingParams
+llm = LLM()                                   # the bundled model
+out = llm.generate(["def fib(n):"], SamplingParams(temperature=0.6, max_tokens=64, seed=1))
+print(out[0].outputs[0].text)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -47,12 +47,21 @@ class _TextStream:
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         stops = params.stop_strings
         self._matcher = StopMatcher(stops, params.include_stop_str_in_output) if stops else None
+        self._unwatched = params.min_tokens
         self.text = ""
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take tokens; returns the text that is certain now."""
-        return self._accept("".join(map(self._detokenizer.push, tokens)))
+        """Take tokens; returns the text that is certain now. Stop strings count from `min_tokens` on."""
+        return "".join(map(self._push_one, tokens))
+
+    def _push_one(self, token: int) -> str:
+        new = self._detokenizer.push(token)
+        if self._unwatched > 0:
+            self._unwatched -= 1
+            self.text += new
+            return new
+        return self._accept(new)
 
     def close(self) -> str:
         """The output has ended; returns what was held back."""
@@ -91,10 +100,11 @@ class LLM:
                 raise ConfigError(f"unknown option {name!r}; known: {', '.join(known)}")
         self.config = EngineConfig(model=None if model is None else str(model), **options)
         device = _choose_device(self.config.device)
-        path = resolve_model(self.config.model or str(BUNDLED_MODEL), self.config.revision)
+        weights = self.config.load_format != "random"
+        path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer_init:
-            tokenizer_path = resolve_model(self.config.tokenizer, None) if self.config.tokenizer else path
+            tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
             self.tokenizer = Tokenizer.from_dir(tokenizer_path)
         network = load_model(
             str(path),
@@ -148,10 +158,11 @@ class LLM:
         """Answer conversations, each a list of {"role", "content"}, through the model's chat template."""
         if self.tokenizer is None:
             raise TokenizerError("chat needs the tokenizer's template: leave out skip_tokenizer_init")
-        many = [messages] if messages and isinstance(messages[0], dict) else messages
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast("Sequence[Sequence[dict[str, Any]]]", [messages] if single else messages)
         prompts: list[Prompt] = [
-            {"prompt_token_ids": self.tokenizer.encode_chat(list(one), add_generation_prompt=add_generation_prompt)}
-            for one in many  # type: ignore[arg-type]
+            {"prompt_token_ids": self.tokenizer.encode_chat(one, add_generation_prompt=add_generation_prompt)}
+            for one in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_text=on_text)
 
@@ -264,7 +275,9 @@ class LLM:
                 'or {"prompt": ...} or {"prompt_token_ids": [...]}'
             )
         if self.tokenizer is None:
-            raise RequestError("a text prompt needs the tokenizer: pass prompt_token_ids or leave out skip_tokenizer_init")
+            raise RequestError(
+                "a text prompt needs the tokenizer: pass prompt_token_ids or leave out skip_tokenizer_init"
+            )
         return self.tokenizer.encode(text, add_special_tokens=special), text
 
     def _output(self, samples: Sequence[Request]) -> RequestOutput:
@@ -313,7 +326,9 @@ class LLM:
 def _choose_device(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
-        raise ConfigError("device is 'cuda'; torch finds no GPU here: use device='cpu' or install a CUDA build of torch")
+        raise ConfigError(
+            "device is 'cuda'; torch finds no GPU here: use device='cpu' or install a CUDA build of torch"
+        )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu")
 
 

@@ -37,7 +37,9 @@ class SamplingParams:
     seed: int | None = option(
         None, "if not given: keyed by the engine seed and the request's index; the seed used is reported"
     )
-    logprobs: int | None = option(None, "log-probs of this many top tokens at each output position and of the drawn one")
+    logprobs: int | None = option(
+        None, "log-probs of this many top tokens at each output position and of the drawn one"
+    )
     prompt_logprobs: int | None = option(None, "the same for the prompt's tokens")
     repetition_penalty: float = option(
         1.0, "divides positive and multiplies negative logits of tokens in prompt or output (arXiv 1909.05858)"

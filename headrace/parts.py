@@ -5,11 +5,18 @@ A new technique is one file and one line here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import headrace.decoding.autoregressive
 import headrace.scheduling.prefill_first
 import headrace.scheduling.splitfuse  # noqa: F401
+from headrace.cache.prefix import REUSE
 from headrace.decoding.base import DECODERS
+from headrace.registry import Registry
 from headrace.sampling.processors import PROCESSORS
 from headrace.scheduling.base import SCHEDULERS
 
-__all__ = ["DECODERS", "PROCESSORS", "SCHEDULERS"]
+REGISTRIES: list[Registry[Any]] = [SCHEDULERS, DECODERS, REUSE, PROCESSORS]
+"""One a seam, in the order in which docs/systems.md lists them."""
+
+__all__ = ["DECODERS", "PROCESSORS", "REGISTRIES", "REUSE", "SCHEDULERS"]

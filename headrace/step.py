@@ -9,7 +9,7 @@ ghost that padding points at), G cache groups, A position axes, M output rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,13 +55,6 @@ class StepContext(Protocol):
     ) -> Tensor:
         """Write the rows' keys and values into the layer's cache, then attend. Returns [R, H, Dv]."""
         ...
-
-
-class Grant(NamedTuple):
-    """Rows granted to one request in one step."""
-
-    index: int
-    rows: int
 
 
 @dataclass

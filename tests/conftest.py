@@ -1,12 +1,33 @@
-"""Shared set-up. Its place makes the modules beside it importable from every test."""
+"""Shared set-up: counts of what property tests met, and GPU tests that must not skip."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+
+_PROPERTY = "events"
+
+
+@pytest.fixture
+def events(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
+    """Counts shown at the end of the run. A test fails if one of its counts stayed at zero."""
+    counts: Counter[str] = Counter()
+    request.node.user_properties.append((_PROPERTY, counts))
+    yield counts
+    missing = [name for name, count in counts.items() if not count]
+    assert not missing, f"these events never happened, so nothing about them was tested: {missing}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, counts in report.user_properties:
+            if name == _PROPERTY:
+                shown = ", ".join(f"{event} {count:,}" for event, count in sorted(counts.items()))
+                terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}: {shown}")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=64, help="number of requests (default: 64)")
     parser.add_argument("--low", type=int, default=16, help="shortest prompt and output in tokens (default: 16)")
     parser.add_argument("--high", type=int, default=128, help="longest prompt and output in tokens (default: 128)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="batch sizes the peer tries")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="batch sizes the peer tries"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs (default: 5)")
     parser.add_argument("--scheduler", default="splitfuse", help="step composer (default: splitfuse)")
     parser.add_argument("--markdown", type=Path, help="also write the report to this file")
@@ -69,8 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
         theirs.append(peer.run(works, *best))
     ratio = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
     rows = [
-        {"engine": "headrace", "setting": f"{llm.config.scheduler}, budget {llm.engine.budget}", **_figures(ours, wanted)},
-        {"engine": f"transformers {peer.version}", "setting": f"batch {best[0]}, sorted {best[1]}", **_figures(theirs, wanted)},
+        {
+            "engine": "headrace",
+            "setting": f"{llm.config.scheduler}, budget {llm.engine.budget}",
+            **_figures(ours, wanted),
+        },
+        {
+            "engine": f"transformers {peer.version}",
+            "setting": f"batch {best[0]}, sorted {best[1]}",
+            **_figures(theirs, wanted),
+        },
     ]
     shares = llm.engine.runner.times.shares()
     facts = machine()
@@ -95,7 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
 def run_headrace(llm: LLM, works: Sequence[Work]) -> float:
     """Seconds for all requests; the prefix cache starts empty."""
     llm.engine.cache.drop_idle()
-    params = [SamplingParams(temperature=0.0, max_tokens=w.output_tokens, ignore_eos=True, detokenize=False) for w in works]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=w.output_tokens, ignore_eos=True, detokenize=False) for w in works
+    ]
     start_s = time.perf_counter()
     outputs = llm.generate([w.prompt_ids for w in works], params)
     seconds = time.perf_counter() - start_s
@@ -111,7 +123,9 @@ class Peer:
         try:
             import transformers
         except ImportError as error:
-            raise ConfigError("the peer is transformers, which is not installed: pip install 'headrace[dev]'") from error
+            raise ConfigError(
+                "the peer is transformers, which is not installed: pip install 'headrace[dev]'"
+            ) from error
         transformers.logging.set_verbosity_error()
         self.version = transformers.__version__
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
@@ -138,7 +152,10 @@ class Peer:
 
 def _figures(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
     middle = statistics.median(seconds)
-    return {"seconds (min, median, max)": f"{min(seconds):.2f}, {middle:.2f}, {max(seconds):.2f}", "tok/s": tokens / middle}
+    return {
+        "seconds (min, median, max)": f"{min(seconds):.2f}, {middle:.2f}, {max(seconds):.2f}",
+        "tok/s": tokens / middle,
+    }
 
 
 def _progress(text: str) -> None:

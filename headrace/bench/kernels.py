@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 from headrace.bench.report import headline, machine, table
-from headrace.kernels.attention.benchmark import benchmark as benchmark_attention
-from headrace.kernels.draw.benchmark import benchmark as benchmark_draw
+
+KERNELS = ("draw", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("kernel", nargs="?", choices=["draw", "attention"], help="only this one")
+    parser.add_argument("kernel", nargs="?", choices=KERNELS, help="only this one")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns the exit status."""
     print(headline(machine()))
-    for name, benchmark in (("draw", benchmark_draw), ("attention", benchmark_attention)):
+    for name in KERNELS:
         if arguments.kernel in (None, name):
-            print(f"\n## {name}\n\n{table(benchmark())}")
+            module = importlib.import_module(f"headrace.kernels.{name}.benchmark")
+            print(f"\n## {name}\n\n{table(module.benchmark())}")
     return 0

@@ -128,9 +128,7 @@ class CacheManager:
         self.index.extend_keys(request.unit_keys, request.tokens)
         units = (request.n_tok - 1) // self.page_size
         nodes = list(self.index.match(request.unit_keys, request.tokens, units))
-        idle = max(
-            (sum(pool.is_idle(node.pages[g]) for node in nodes) for g, pool in enumerate(self.pools)), default=0
-        )
+        idle = max((sum(pool.is_idle(node.pages[g]) for node in nodes) for g, pool in enumerate(self.pools)), default=0)
         return Hit(len(nodes) * self.page_size, idle)
 
     def admit(self, request: Request, index: int) -> None:

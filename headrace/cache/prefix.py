@@ -12,6 +12,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headrace.registry import Registry
+
+REUSE: Registry[PrefixIndex] = Registry("cache reuse", "enable_prefix_caching")
+
 
 @dataclass
 class PrefixNode:
@@ -23,6 +27,14 @@ class PrefixNode:
     """The page of this unit in each group."""
 
 
+@REUSE.register(
+    "exact_prefix",
+    label="exact",
+    option="enable_prefix_caching=True",
+    summary="Pages of exact common prefixes are shared; the last token is always recomputed.",
+    source="hashed blocks: PagedAttention, arXiv 2309.06180",
+    composes="everything; requests with prompt_logprobs evaluate their whole prompt",
+)
 class PrefixIndex:
     """Published units by key."""
 

@@ -27,9 +27,13 @@ SHOWN = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("input", nargs="?", type=Path, help='JSONL file, a line {"prompt": ...}; "-" for standard input')
+    parser.add_argument(
+        "input", nargs="?", type=Path, help='JSONL file, a line {"prompt": ...}; "-" for standard input'
+    )
     parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("-o", "--output", type=Path, help="JSONL file for the completions; standard output if not given")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="JSONL file for the completions; standard output if not given"
+    )
     parser.add_argument("--compare", action="store_true", help="also run the same requests one at a time, and compare")
     add_options(parser, SamplingParams, "sampling")
     add_options(parser, EngineConfig, "engine", skip=("seed",))
@@ -145,7 +149,8 @@ def _report(rows: Sequence[tuple[str, list[RequestOutput], float]], path: Path |
             print((output.prompt or "") + output.outputs[0].text, file=out)
         print(f"\n{len(outputs)} completions in {path}\n", file=out)
     print(
-        f"{'':<16}{'requests':>10}{'prompt tok':>12}{'output tok':>12}{'seconds':>10}{'tok/s':>10}{'TTFT ms':>10}", file=out
+        f"{'':<16}{'requests':>10}{'prompt tok':>12}{'output tok':>12}{'seconds':>10}{'tok/s':>10}{'TTFT ms':>10}",
+        file=out,
     )
     for name, done, seconds in rows:
         prompt_tokens = sum(len(o.prompt_token_ids) for o in done)

@@ -41,7 +41,8 @@ def apply_commit(table: RequestTable, rows: RowTable, commit: Commit) -> Committ
     step_E = torch.arange(e_max, dtype=torch.int32, device=emit_BE.device)
     live_BE = step_E < n_emit_B[:, None]
     bad_BE = live_BE & (emit_BE < 0)
-    stop_BE = live_BE & (emit_BE[:, :, None] == table.stop_ids[reqs_B][:, None, :]).any(dim=2)
+    # Unused stop ids are -1 too: an id that could not be drawn must not look like one of them.
+    stop_BE = live_BE & ~bad_BE & (emit_BE[:, :, None] == table.stop_ids[reqs_B][:, None, :]).any(dim=2)
     far_BE = torch.full_like(emit_BE, e_max)
     first_stop_B = torch.where(stop_BE, step_E, far_BE).amin(dim=1)
     first_bad_B = torch.where(bad_BE, step_E, far_BE).amin(dim=1)

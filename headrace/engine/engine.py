@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from headrace.cache.manager import CacheManager, group_layers
 from headrace.config import EngineConfig
 from headrace.decoding.base import Decoder
@@ -259,7 +257,9 @@ class Engine:
             if i in report.given:
                 if not request.prompt_logprobs:
                     request.prompt_logprobs.append(None)
-                request.prompt_logprobs.extend(_positions(report.given[i], request.tokens, len(request.prompt_logprobs)))
+                request.prompt_logprobs.extend(
+                    _positions(report.given[i], request.tokens, len(request.prompt_logprobs))
+                )
             new = report.emit[i][: report.n_emit[i]]
             if new and request.first_token_s is None:
                 request.first_token_s = now_s
@@ -416,5 +416,3 @@ def _positions(top: TopLogprobs, tokens: Sequence[int], first: int) -> list[Posi
             position.setdefault(token, Logprob(value, place + 1))
         positions.append(position)
     return positions
-
-

@@ -60,14 +60,14 @@ class Attention(nn.Module):
 
     def add_to(self, residual_RE: Tensor, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> None:
         """residual += attention(x), in place."""
-        rows, last = x_RE.shape[0], self.heads + self.kv_heads
-        qkv_RND = self.qkv(x_RE).view(rows, last + self.kv_heads, self.head_dim)
-        qk_RND = qkv_RND[:, :last]
+        rows, turned = x_RE.shape[0], self.heads + self.kv_heads
+        qkv_RND = self.qkv(x_RE).view(rows, turned + self.kv_heads, self.head_dim)
+        qk_RND, v_RKD = qkv_RND.split((turned, self.kv_heads), 1)
         if self.qk_norm is not None:
             qk_RND = F.rms_norm(qk_RND, (self.head_dim,), None, self.qk_norm_eps).mul_(self.qk_norm)
         rotate_(qk_RND, cos_R1D, sin_R1D)
-        q_RHD, k_RKD = qk_RND[:, : self.heads], qk_RND[:, self.heads :]
-        out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, qkv_RND[:, last:], scale=self.scale)
+        q_RHD, k_RKD = qk_RND.split((self.heads, self.kv_heads), 1)
+        out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale)
         self.out.add_to(residual_RE, out_RHD.reshape(rows, self.heads * self.head_dim))
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:

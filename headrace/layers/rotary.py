@@ -157,6 +157,6 @@ class Rotary(nn.Module):
 
 def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
     """Turn all heads of each row in place: x * cos + (second half, first half) * signed sin."""
-    half = x_RND.shape[-1] // 2
-    swapped_RND = torch.cat((x_RND[..., half:], x_RND[..., :half]), -1)
+    first, second = x_RND.chunk(2, -1)
+    swapped_RND = torch.cat((second, first), -1)
     x_RND.mul_(cos_R1D).addcmul_(swapped_RND, sin_R1D)

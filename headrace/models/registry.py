@@ -49,6 +49,11 @@ def model_types() -> list[str]:
     return sorted(_FAMILIES)
 
 
+def families() -> list[tuple[str, tuple[str, ...]]]:
+    """Each known `model_type` with the architecture names it stands for."""
+    return [(name, _FAMILIES[name].architectures) for name in model_types()]
+
+
 def read_config(directory: Path) -> ModelConfig:
     """The configuration in a checkpoint's directory.
 

@@ -114,7 +114,7 @@ class Penalties:
     def release(self, index: int) -> None:
         """Forget the counts."""
         for table in (self._seen_V, self._count_V, self._params):
-            table.pop(index, None)  # type: ignore[attr-defined]
+            table.pop(index, None)
 
     def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
         """Penalise."""

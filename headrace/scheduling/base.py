@@ -99,8 +99,7 @@ def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
     """Rows for which the pages held and the free ones suffice."""
     return min(
-        (held + spare) * page_size - length
-        for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
+        (held + spare) * page_size - length for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
     )
 
 

@@ -29,7 +29,9 @@ def corpus_section(manifest: dict[str, Any]) -> str:
         licences[row["licence"]] = licences.get(row["licence"], 0) + row["bytes_train"]
     largest = sorted(packages, key=lambda row: -row["bytes_train"])[:12]
     total = summary["bytes_train"]
-    rows = "\n".join(f"| {r['name']} | {r['version']} | {r['licence']} | {r['bytes_train'] / 1e6:.1f} MB |" for r in largest)
+    rows = "\n".join(
+        f"| {r['name']} | {r['version']} | {r['licence']} | {r['bytes_train'] / 1e6:.1f} MB |" for r in largest
+    )
     return f"""## Training text
 
 {total / 1e6:.1f} MB of Python source in {summary["files_train"]} files: the standard library of Python
@@ -110,7 +112,9 @@ greedy completions yields {greedy["tokens_per_check"]["4"]:.2f} tokens.
 
 
 def samples_section(samples: list[dict[str, Any]]) -> str:
-    parts = ["## Samples\n\nThe first of the fixed list of held-out functions, greedy, cut at the first dedent, unedited.\n"]
+    parts = [
+        "## Samples\n\nThe first of the fixed list of held-out functions, greedy, cut at the first dedent, unedited.\n"
+    ]
     for sample in samples:
         parts.append(f"`{sample['name']}`\n\n````python\n{sample['head']}{sample['main_greedy'].rstrip()}\n````\n")
     return "\n".join(parts)
@@ -120,8 +124,10 @@ def main_card(report: dict[str, Any], manifest: dict[str, Any]) -> str:
     bos = report["held_out"]["bos"]
     note = ""
     if bos:
-        note = (f" Over the first tokens of a file the loss is {bos['with_bos']:.3f} nats a token with it and "
-                f"{bos['without_bos']:.3f} without.")
+        note = (
+            f" Over the first tokens of a file the loss is {bos['with_bos']:.3f} nats a token with it and "
+            f"{bos['without_bos']:.3f} without."
+        )
     return f"""{FRONT}
 # {MAIN_NAME}
 
@@ -171,7 +177,9 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), dpi=110)
     axes.plot([r["tokens"] / 1e6 for r in log], [r["loss"] for r in log], lw=0.9, color="#8fb3d9", label="train")
     held = [r for r in log if "held_out" in r]
-    axes.plot([r["tokens"] / 1e6 for r in held], [r["held_out"] for r in held], lw=1.4, color="#b3402a", label="held out")
+    axes.plot(
+        [r["tokens"] / 1e6 for r in held], [r["held_out"] for r in held], lw=1.4, color="#b3402a", label="held out"
+    )
     low = min(r["loss"] for r in log)
     axes.set(xlabel="tokens seen, millions", ylabel="nats per token", title=MAIN_NAME, ylim=(0.9 * low, 3 * low))
     axes.grid(alpha=0.3)

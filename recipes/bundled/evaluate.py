@@ -127,7 +127,9 @@ def compressed_bits(data: bytes) -> dict[str, float]:
     return {"gzip_9": 8 * gzip_size / len(data), "xz_9e": 8 * xz_size / len(data)}
 
 
-def held_out_report(main: LlamaLM, draft: LlamaLM, texts: list[str], ids: list[list[int]], window: int) -> dict[str, Any]:
+def held_out_report(
+    main: LlamaLM, draft: LlamaLM, texts: list[str], ids: list[list[int]], window: int
+) -> dict[str, Any]:
     """All numbers that need no generation."""
     scores = score_documents(main, draft, ids, window)
     data = "".join(texts).encode()

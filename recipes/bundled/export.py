@@ -122,7 +122,7 @@ def logit_difference(model: LlamaLM, folder: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "def add(a: int, b: int = 12) -> int:\n    \"\"\"Adds.\"\"\"\n    return a + b\n"
+    text = 'def add(a: int, b: int = 12) -> int:\n    """Adds."""\n    return a + b\n'
     ids = tokenizer(text)["input_ids"]
     if tokenizer.decode(ids) != text:
         raise ValueError("the exported tokenizer does not give the text back")

@@ -125,7 +125,9 @@ def judge(tasks: list[Task], completions: list[tuple[str, bool]]) -> dict[str, A
 
 
 @torch.no_grad()
-def complete(folder: Path, tasks: list[Task], limits: EvalLimits, device: torch.device, temperature: float) -> list[list[int]]:
+def complete(
+    folder: Path, tasks: list[Task], limits: EvalLimits, device: torch.device, temperature: float
+) -> list[list[int]]:
     """New ids for each task through transformers; temperature 0 is greedy. Ids end before `<|endoftext|>`."""
     from transformers import AutoModelForCausalLM
 
@@ -162,14 +164,24 @@ def agreement_on(draft: LlamaLM, tasks: list[Task], generated: list[list[int]], 
 
 
 def completion_report(
-    folders: tuple[Path, Path], draft_shape: ModelShape, held_out: tuple[list[str], list[str]], limits: EvalLimits,
-    tokenizer: Tokenizer, device: torch.device,
+    folders: tuple[Path, Path],
+    draft_shape: ModelShape,
+    held_out: tuple[list[str], list[str]],
+    limits: EvalLimits,
+    tokenizer: Tokenizer,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Syntax rates of the control, the main model (greedy, temperature 0.6) and the draft, and the first samples."""
     tasks = find_tasks(tokenizer, *held_out, limits)
     report: dict[str, Any] = {"control": judge(tasks, [(t.body, True) for t in tasks])}
-    samples: list[dict[str, Any]] = [{"name": t.name, "head": t.head, "author": t.body} for t in tasks[: limits.samples]]
-    runs = (("main_greedy", folders[0], 0.0), ("main_temperature_0.6", folders[0], 0.6), ("draft_greedy", folders[1], 0.0))
+    samples: list[dict[str, Any]] = [
+        {"name": t.name, "head": t.head, "author": t.body} for t in tasks[: limits.samples]
+    ]
+    runs = (
+        ("main_greedy", folders[0], 0.0),
+        ("main_temperature_0.6", folders[0], 0.6),
+        ("draft_greedy", folders[1], 0.0),
+    )
     for label, folder, temperature in runs:
         ids = complete(folder, tasks, limits, device, temperature)
         texts = [tokenizer.decode(row, skip_special_tokens=False) for row in ids]

@@ -40,9 +40,19 @@ TEXT_MARKS = (
     ("Apache-2.0", re.compile(r"apache license,?\s+version 2\.0", re.I)),
 )
 SHORT_NAMES = (
-    ("Apache-2.0", re.compile(r"^(the )?apache([ -]software)?([ -]licen[sc]e)?,?[ -]*(v|version)?[ .]*2(\.0)?( licen[sc]e)?$", re.I)),
+    (
+        "Apache-2.0",
+        re.compile(
+            r"^(the )?apache([ -]software)?([ -]licen[sc]e)?,?[ -]*(v|version)?[ .]*2(\.0)?( licen[sc]e)?$", re.I
+        ),
+    ),
     ("MIT", re.compile(r"^(the )?(expat|mit)([ -]licen[sc]e)?$", re.I)),
-    ("BSD", re.compile(r"^(the )?((new|modified|simplified|[23]-clause) )?bsd([ -]?[23](-clause)?)?([ -]licen[sc]e)?$", re.I)),
+    (
+        "BSD",
+        re.compile(
+            r"^(the )?((new|modified|simplified|[23]-clause) )?bsd([ -]?[23](-clause)?)?([ -]licen[sc]e)?$", re.I
+        ),
+    ),
     ("ISC", re.compile(r"^isc([ -]licen[sc]e)?$", re.I)),
     ("PSF", re.compile(r"^(psf|psf-2\.0|python software foundation( licen[sc]e)?)$", re.I)),
     ("HPND", re.compile(r"^(hpnd|mit-cmu)$", re.I)),
@@ -130,7 +140,9 @@ def decide(metadata: Message) -> Verdict:
     expression = str(metadata.get("License-Expression") or "").strip()
     field = str(metadata.get("License") or "").strip()
     if name.lower().startswith("nvidia-"):
-        return Verdict(False, expression or field.splitlines()[0][:80] if expression or field else "proprietary", "name")
+        return Verdict(
+            False, expression or field.splitlines()[0][:80] if expression or field else "proprietary", "name"
+        )
     if expression:
         return Verdict(spdx_allowed(expression), expression, "licence expression")
     classifiers = [c for c in metadata.get_all("Classifier") or [] if c.startswith("License ::")]

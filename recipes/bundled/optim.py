@@ -40,7 +40,9 @@ def orthogonalise(m_NRC: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum; an update has about the root-mean-square that AdamW's would have."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -77,7 +79,9 @@ class Optimisers:
         others = [p for p in model.parameters() if id(p) not in chosen]
         fused = others[0].is_cuda
         self.muon = Muon(matrices, budget.muon_lr)
-        self.adam = torch.optim.AdamW(others, budget.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=fused)
+        self.adam = torch.optim.AdamW(
+            others, budget.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=fused
+        )
         self.base = (budget.muon_lr, budget.adam_lr)
 
     def step(self, factor: float) -> None:
@@ -126,8 +130,11 @@ class Pacer:
             self.total = max(step + 1, step + int(rate * (self.budget.seconds - self.elapsed()) * 0.995))
             self.replanned = bool(second_plan)
             tokens = self.budget.tokens_per_step
-            print(f"plan: {self.total} steps, {self.total * tokens / 1e6:.0f} M tokens, "
-                  f"{rate * tokens / 1e6:.3f} M tokens/s", flush=True)
+            print(
+                f"plan: {self.total} steps, {self.total * tokens / 1e6:.0f} M tokens, "
+                f"{rate * tokens / 1e6:.3f} M tokens/s",
+                flush=True,
+            )
 
     def decay_start(self) -> int:
         return self.total - int(self.total * DECAY_FRACTION)

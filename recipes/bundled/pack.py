@@ -40,8 +40,11 @@ def build(corpus: Path, tokenizer_path: Path, out: Path) -> None:
         documents = read_documents(corpus / f"{name}.txt")
         size = sum(len(d.encode()) for d in documents)
         total = write_stream(tokenizer, documents, out / f"{name}.u16")
-        print(f"pack: {name}: {total / 1e6:.2f} M tokens, {size / total:.3f} bytes a token, "
-              f"{time.perf_counter() - started:.1f} s", flush=True)
+        print(
+            f"pack: {name}: {total / 1e6:.2f} M tokens, {size / total:.3f} bytes a token, "
+            f"{time.perf_counter() - started:.1f} s",
+            flush=True,
+        )
 
 
 def read_stream(path: Path) -> np.ndarray:

@@ -110,7 +110,9 @@ def choose_attention(device: torch.device) -> str:
 class Fit:
     """One optimisation run of `model` on `loss_fn`, with its log, held-out loss, checkpoints and recovery."""
 
-    def __init__(self, model: LlamaLM, loss_fn: LossFn, tokens: tuple[Tensor, Tensor], budget: Budget, out: Path) -> None:
+    def __init__(
+        self, model: LlamaLM, loss_fn: LossFn, tokens: tuple[Tensor, Tensor], budget: Budget, out: Path
+    ) -> None:
         self.model, self.loss_fn, self.budget, self.out = model, loss_fn, budget, out
         self.device = tokens[0].device
         self.sampler = Sampler(tokens[0], budget.sequence_length, budget.seed)
@@ -191,8 +193,11 @@ class Fit:
             row["held_out"] = self.held_out_loss()
         self.log.append(row)
         tail = f" held-out {row['held_out']:.4f}" if "held_out" in row else ""
-        print(f"step {self.step}/{self.pacer.total} loss {loss:.4f}{tail} {speed / 1e6:.3f} M tokens/s "
-              f"lr x{self.pacer.factor(self.step) * self.scale:.3f} {self.pacer.elapsed():.0f} s", flush=True)
+        print(
+            f"step {self.step}/{self.pacer.total} loss {loss:.4f}{tail} {speed / 1e6:.3f} M tokens/s "
+            f"lr x{self.pacer.factor(self.step) * self.scale:.3f} {self.pacer.elapsed():.0f} s",
+            flush=True,
+        )
 
     def recover(self) -> None:
         """Goes back to the last checkpoint at half the learning rate; time already spent stays spent."""

@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_SCORES = 2**25
+"""Scores held at once; more rows are taken in turn."""
+
 
 class AttentionRows(NamedTuple):
     """Which rows a step has and what they see; int32 tensors on the pools' device."""
@@ -104,6 +107,13 @@ def attend_dense(
     """
     kind = torch.float64 if q_rHD.dtype == torch.float64 else torch.float32
     rows, heads, size = q_rHD.shape
+    if rows > 1 and rows * heads * k_KmD.shape[1] > MAX_SCORES:
+        step = max(1, MAX_SCORES // (heads * k_KmD.shape[1]))
+        parts = [
+            attend_dense(q, k_KmD, v_KmD, seen, scale=scale, softcap=softcap, sinks_H=sinks_H)
+            for q, seen in zip(q_rHD.split(step), seen_rm.split(step), strict=True)
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     kv_heads = k_KmD.shape[0]
     q_rKGD = q_rHD.to(kind).view(rows, kv_heads, heads // kv_heads, size)
     # A slot that no row sees may hold anything, and 0 * NaN is NaN.

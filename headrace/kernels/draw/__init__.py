@@ -61,6 +61,7 @@ def _check(logits_MV: Tensor, params: DrawParams, stream_M2: Tensor, t_out_M: Te
         raise ValueError(f"raw logits have shape {tuple(raw_MV.shape)}; logits have {tuple(logits_MV.shape)}")
     if stream_M2.shape != (rows, 2):
         raise ValueError(f"stream has shape {tuple(stream_M2.shape)}; {rows} rows need {(rows, 2)}")
-    for name, tensor_M in (*params._asdict().items(), ("t_out_M", t_out_M)):
+    for tensor_M in (*params, t_out_M):
         if tensor_M.shape != (rows,):
-            raise ValueError(f"{name} has shape {tuple(tensor_M.shape)}; {rows} rows need {(rows,)}")
+            names = [*params._fields, "t_out_M"]
+            raise ValueError(f"{rows} rows need {names} of shape {(rows,)}; one has {tuple(tensor_M.shape)}")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.kernels.cpu_runtime import FAST_SUMS, exp_f32, njit_parallel, njit_serial, use_torch_threads
-from headrace.kernels.draw.reference import DrawParams, Drawn
+from headrace.kernels.cpu_runtime import FAST_SUMS, exp_f32, njit_parallel, njit_serial, pointer, use_torch_threads
+from headrace.kernels.draw.reference import Drawn, DrawParams
 
 _GROUP = 64  # tokens under one maximum
 _CHUNK = 4096  # tokens of one task: 16 KiB of logits
@@ -346,114 +346,140 @@ def _first_at(x: Any, top_g: Any, top: Any) -> Any:
     return i
 
 
+@njit_serial()
+def _scan_chunk(x: Any, raw: Any, separate: Any, top_g: Any, raw_top_g: Any, temperature: Any, listed: Any) -> Any:
+    """Of one chunk: maximum, the same of the model's logits, badness, their sum of exponentials, the tempered sum."""
+    top, bad = _maxima(x, top_g)
+    raw_top = top
+    if separate:
+        raw_top, raw_bad = _maxima(raw, raw_top_g)
+        bad = bad or raw_bad
+    raw_sum = tempered_sum = 0.0
+    # A list of survivors gives its own mass, and greedy rows need none.
+    tempered = temperature > _F0 and not listed and (separate or temperature != _F1)
+    if not bad:
+        # One call for both sums, so that both are compiled alike and equal inputs give equal bits.
+        for which in range(2):
+            source, shift = (raw, raw_top) if which == 0 else (x, top)
+            if shift > -_INF and (which == 0 or tempered):
+                rate = _F1 if which == 0 else min(_F1 / temperature, _LARGEST_RATE)
+                total = _sum_exp(source, shift, rate)
+                raw_sum, tempered_sum = (total, tempered_sum) if which == 0 else (raw_sum, total)
+    return top, raw_top, bad, raw_sum, tempered_sum
+
+
+@njit_serial()
+def _open_row(x: Any, top_g: Any, chunks: Any, separate: Any, params: Any, place: Any) -> Any:
+    """Everything of a row that is not a pass over all its tokens. Filtered and greedy rows end here.
+
+    Returns id (-1: bad row), score, whether chunks have yet to compete, shift, mass, log-sum-exp of the model's logits.
+    """
+    max_c, raw_max_c, bad_c, raw_sum_c, tempered_sum_c = chunks
+    temperature, top_k, top_p, min_p = params
+    raw_top, raw_sum = _combine(raw_max_c, raw_sum_c, 1.0)
+    shift, mass = raw_top, raw_sum
+    if separate or temperature != _F1:
+        shift, mass = _combine(max_c, tempered_sum_c, 1.0 / max(np.float64(temperature), 1e-37))
+    if bad_c.any() or not (shift > -_INF and raw_top > -_INF):
+        return -1, _F0, False, shift, mass, np.nan
+    lse = np.float64(raw_top) + math.log(raw_sum)
+    token = _first_at(x, top_g, shift)
+    if temperature <= _F0:
+        return token, _F0, False, shift, mass, lse
+    best = _gumbel(_word_of(token, place))
+    if top_k <= 0 and min_p <= _F0 and top_p >= _F1:
+        return token, best, True, shift, mass, lse
+    ids, z, mass = _survivors(x, top_g, shift, mass, params)
+    best, token = _best_of_list(ids, z, place, best, token)
+    return token, best, False, shift, mass, lse
+
+
+@njit_serial()
+def _log_probs(token: Any, x: Any, raw: Any, temperature: Any, shift: Any, mass: Any, lse: Any) -> Any:
+    """logp_raw and logp_draw of the drawn token."""
+    if token < 0:
+        return np.nan, np.nan
+    logp_draw = np.float64((x[token] - shift) / temperature) - math.log(mass) if temperature > _F0 else 0.0
+    return np.float64(raw[token]) - lse, logp_draw
+
+
 @njit_parallel()
-def _draw_rows(
-    logits_mv: Any,
-    raw_mv: Any,
-    separate: Any,
-    params: Any,
-    stream_m2: Any,
-    t_out_m: Any,
-    nth_m: Any,
-    purpose: Any,
-    id_m: Any,
-    logp_raw_m: Any,
-    logp_draw_m: Any,
-    lse_m: Any,
-) -> None:
-    temperature_m, top_k_m, top_p_m, min_p_m = params
-    rows, vocab = logits_mv.shape
+def _draw_rows(rows: Any, vocab: Any, purpose: Any, logits: Any, raw: Any, inputs: Any, outputs: Any) -> None:
+    """All arguments from `logits` on are addresses; `raw` equals `logits` where the model's logits are the same."""
+    separate = raw != logits
+    logits_mv = numba.carray(pointer(logits), (rows, vocab), np.float32)
+    raw_mv = numba.carray(pointer(raw), (rows, vocab), np.float32)
+    temperature_m = numba.carray(pointer(inputs[0]), (rows,), np.float32)
+    top_k_m = numba.carray(pointer(inputs[1]), (rows,), np.int32)
+    top_p_m = numba.carray(pointer(inputs[2]), (rows,), np.float32)
+    min_p_m = numba.carray(pointer(inputs[3]), (rows,), np.float32)
+    stream_m2 = numba.carray(pointer(inputs[4]), (rows, 2), np.int32)
+    t_out_m = numba.carray(pointer(inputs[5]), (rows,), np.int32)
+    nth_m = numba.carray(pointer(inputs[6]), (rows,), np.int32)
+    id_m = numba.carray(pointer(outputs), (rows,), np.int32)
+    logp_raw_m, logp_draw_m, lse_m = numba.carray(pointer(outputs + 4 * rows), (3, rows), np.float32)
     n_groups = (vocab + _GROUP - 1) // _GROUP
     n_chunks = (vocab + _CHUNK - 1) // _CHUNK
+
     top_mg = np.empty((rows, n_groups), np.float32)
     raw_top_mg = np.empty((rows if separate else 1, n_groups), np.float32)
-    bad_mc = np.empty((rows, n_chunks), np.bool_)
     max_mc = np.empty((rows, n_chunks), np.float32)
     raw_max_mc = np.empty((rows, n_chunks), np.float32)
-    # [0]: the model's logits as they are; [1]: tempered, for rows whose mass no list of survivors gives.
-    sum_2mc = np.zeros((2, rows, n_chunks), np.float64)
-
+    bad_mc = np.empty((rows, n_chunks), np.bool_)
+    raw_sum_mc = np.empty((rows, n_chunks), np.float64)
+    tempered_sum_mc = np.empty((rows, n_chunks), np.float64)
     for task in numba.prange(rows * n_chunks):
         m, c = task // n_chunks, task % n_chunks
-        x = logits_mv[m, c * _CHUNK : min((c + 1) * _CHUNK, vocab)]
-        raw = raw_mv[m, c * _CHUNK : min((c + 1) * _CHUNK, vocab)]
+        tokens = slice(c * _CHUNK, min((c + 1) * _CHUNK, vocab))
         groups = slice(c * _GROUPS_OF_CHUNK, min((c + 1) * _GROUPS_OF_CHUNK, n_groups))
-        top, bad = _maxima(x, top_mg[m, groups])
-        raw_top = top
-        if separate:
-            raw_top, raw_bad = _maxima(raw, raw_top_mg[m, groups])
-            bad = bad or raw_bad
-        max_mc[m, c], raw_max_mc[m, c], bad_mc[m, c] = top, raw_top, bad
-        listed = top_k_m[m] > 0 or min_p_m[m] > _F0
-        tempered = temperature_m[m] > _F0 and not listed and (separate or temperature_m[m] != _F1)
-        if not bad:
-            # One call for both sums, so that both are compiled alike and equal inputs give equal bits.
-            for which in range(2):
-                source, shift = (raw, raw_top) if which == 0 else (x, top)
-                if shift > -_INF and (which == 0 or tempered):
-                    rate = _F1 if which == 0 else min(_F1 / temperature_m[m], _LARGEST_RATE)
-                    sum_2mc[which, m, c] = _sum_exp(source, shift, rate)
+        max_mc[m, c], raw_max_mc[m, c], bad_mc[m, c], raw_sum_mc[m, c], tempered_sum_mc[m, c] = _scan_chunk(
+            logits_mv[m, tokens],
+            raw_mv[m, tokens],
+            separate,
+            top_mg[m, groups],
+            raw_top_mg[m if separate else 0, groups],
+            temperature_m[m],
+            top_k_m[m] > 0 or min_p_m[m] > _F0,
+        )
 
     shift_m = np.empty(rows, np.float32)
     mass_m = np.empty(rows, np.float64)
+    lse64_m = np.empty(rows, np.float64)
     best_m = np.empty(rows, np.float32)
-    by_chunk_m = np.zeros(rows, np.bool_)
+    by_chunk_m = np.empty(rows, np.bool_)
     for m in numba.prange(rows):
-        x, temperature = logits_mv[m], temperature_m[m]
-        raw_top, raw_sum = _combine(raw_max_mc[m], sum_2mc[0, m], 1.0)
-        shift, mass = raw_top, raw_sum
-        if separate or temperature != _F1:
-            rate = 1.0 / max(np.float64(temperature), 1e-37)
-            shift, mass = _combine(max_mc[m], sum_2mc[1, m], rate)
-        if bad_mc[m].any() or not (shift > -_INF and raw_top > -_INF):
-            id_m[m], lse_m[m] = -1, np.nan
-            continue
-        lse_m[m] = np.float64(raw_top) + math.log(raw_sum)
-        top_id = _first_at(x, top_mg[m], shift)
-        id_m[m] = top_id
-        if temperature <= _F0:
-            continue
+        chunks = (max_mc[m], raw_max_mc[m], bad_mc[m], raw_sum_mc[m], tempered_sum_mc[m])
+        params = (temperature_m[m], top_k_m[m], top_p_m[m], min_p_m[m])
         place = _row_place(stream_m2[m], t_out_m[m], nth_m[m], purpose)
-        best_m[m] = _gumbel(_word_of(top_id, place))
-        if top_k_m[m] <= 0 and min_p_m[m] <= _F0 and top_p_m[m] >= _F1:
-            by_chunk_m[m] = True
-        else:
-            row = (temperature, top_k_m[m], top_p_m[m], min_p_m[m])
-            ids, z, mass = _survivors(x, top_mg[m], shift, mass, row)
-            best_m[m], id_m[m] = _best_of_list(ids, z, place, best_m[m], id_m[m])
-        shift_m[m], mass_m[m] = shift, mass
+        id_m[m], best_m[m], by_chunk_m[m], shift_m[m], mass_m[m], lse64_m[m] = _open_row(
+            logits_mv[m], top_mg[m], chunks, separate, params, place
+        )
 
     if by_chunk_m.any():
         best_mc = np.empty((rows, n_chunks), np.float32)
-        best_id_mc = np.empty((rows, n_chunks), np.int32)
+        id_mc = np.empty((rows, n_chunks), np.int32)
         for task in numba.prange(rows * n_chunks):
             m, c = task // n_chunks, task % n_chunks
             if by_chunk_m[m]:
                 place = _row_place(stream_m2[m], t_out_m[m], nth_m[m], purpose)
                 x = logits_mv[m, c * _CHUNK : min((c + 1) * _CHUNK, vocab)]
-                best_mc[m, c], best_id_mc[m, c] = _best_of_chunk(
+                best_mc[m, c], id_mc[m, c] = _best_of_chunk(
                     x, c * _CHUNK, shift_m[m], temperature_m[m], place, best_m[m], id_m[m]
                 )
-        for m in range(rows):
-            if by_chunk_m[m]:
-                for c in range(n_chunks):
-                    score, token = best_mc[m, c], best_id_mc[m, c]
-                    if score > best_m[m] or (score == best_m[m] and token < id_m[m]):
-                        best_m[m], id_m[m] = score, token
+        for task in range(rows * n_chunks):
+            m, c = task // n_chunks, task % n_chunks
+            if by_chunk_m[m] and (best_mc[m, c] > best_m[m] or (best_mc[m, c] == best_m[m] and id_mc[m, c] < id_m[m])):
+                best_m[m], id_m[m] = best_mc[m, c], id_mc[m, c]
 
     for m in range(rows):
-        token = id_m[m]
-        if token < 0:
-            logp_raw_m[m], logp_draw_m[m] = np.nan, np.nan
-            continue
-        logp_raw_m[m] = np.float64(raw_mv[m, token]) - np.float64(lse_m[m])
-        logp_draw_m[m] = 0.0
-        if temperature_m[m] > _F0:
-            logp_draw_m[m] = (logits_mv[m, token] - shift_m[m]) / temperature_m[m] - math.log(mass_m[m])
+        lse_m[m] = lse64_m[m]
+        logp_raw_m[m], logp_draw_m[m] = _log_probs(
+            id_m[m], logits_mv[m], raw_mv[m], temperature_m[m], shift_m[m], mass_m[m], lse64_m[m]
+        )
 
 
-def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
-    return (tensor if tensor.dtype is dtype else tensor.to(dtype)).contiguous().numpy()
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.contiguous() if tensor.dtype is dtype else tensor.to(dtype).contiguous()
 
 
 def draw_cpu(
@@ -466,32 +492,23 @@ def draw_cpu(
     nth: int | Tensor = 0,
     purpose: int = 0,
 ) -> Drawn:
-    """See `headrace.kernels.draw.draw`. float32 logits on the CPU."""
+    """See `headrace.kernels.draw.draw`, which has checked the shapes. float32 logits on the CPU."""
     rows, vocab = logits_MV.shape
     f32, i32 = torch.float32, torch.int32
-    logits = _array(logits_MV.detach(), f32)
-    separate = raw_MV is not None and raw_MV is not logits_MV
-    raw = _array(raw_MV.detach(), f32) if raw_MV is not None and separate else logits
-    nth_m = _array(nth, i32) if isinstance(nth, Tensor) else np.full(rows, nth, np.int32)
-    out_m4 = np.empty((4, rows), np.float32)
-    use_torch_threads()
-    _draw_rows(
-        logits,
-        raw,
-        separate,
-        (
-            _array(params.temperature_M, f32),
-            _array(params.top_k_M, i32),
-            _array(params.top_p_M, f32),
-            _array(params.min_p_M, f32),
-        ),
-        _array(stream_M2, i32),
-        _array(t_out_M, i32),
-        nth_m,
-        purpose,
-        out_m4[0].view(np.int32),
-        out_m4[1],
-        out_m4[2],
-        out_m4[3],
+    logits_MV = _plain(logits_MV, f32)
+    raw_MV = logits_MV if raw_MV is None else _plain(raw_MV, f32)
+    inputs = (
+        _plain(params.temperature_M, f32),
+        _plain(params.top_k_M, i32),
+        _plain(params.top_p_M, f32),
+        _plain(params.min_p_M, f32),
+        _plain(stream_M2, i32),
+        _plain(t_out_M, i32),
+        _plain(nth, i32) if isinstance(nth, Tensor) else torch.full((rows,), nth, dtype=i32),
     )
-    return Drawn(*(torch.from_numpy(x) for x in (out_m4[0].view(np.int32), out_m4[1], out_m4[2], out_m4[3])))
+    out_4M = torch.empty((4, rows), dtype=f32)
+    use_torch_threads(1 if rows * vocab < _SERIAL_BELOW else None)
+    addresses = tuple([x.data_ptr() for x in inputs])
+    _draw_rows(rows, vocab, purpose, logits_MV.data_ptr(), raw_MV.data_ptr(), addresses, out_4M.data_ptr())
+    id_M, logp_raw_M, logp_draw_M, lse_M = out_4M.unbind()
+    return Drawn(id_M.view(i32), logp_raw_M, logp_draw_M, lse_M)

@@ -29,7 +29,9 @@ def stream_key(seed: int, sample: int, branch: tuple[int, ...] = ()) -> tuple[in
     named = [("seed", seed), ("sample", sample), *((f"branch[{i}]", step) for i, step in enumerate(branch))]
     for name, value in named:
         if not 0 <= value <= _MAX_WORD:
-            raise RequestError(f"{name} is {value}; the limit is 0 to {_MAX_WORD} (64 bits): choose a number in that range")
+            raise RequestError(
+                f"{name} is {value}; the limit is 0 to {_MAX_WORD} (64 bits): choose a number in that range"
+            )
     words = struct.pack(f"<{3 + len(branch)}Q", seed, sample, len(branch), *branch)
     first, second = struct.unpack_from("<2i", hashlib.blake2b(_VERSION + words).digest())
     return first, second

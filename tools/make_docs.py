@@ -1,0 +1,90 @@
+"""Write the generated pages of docs/ from the registries, or check that they are up to date (--check)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from headrace.config import EngineConfig
+from headrace.models.registry import families
+from headrace.params import SamplingParams
+from headrace.parts import REGISTRIES
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = """\
+| label | meaning |
+| --- | --- |
+| exact | the same tokens as plain decoding |
+| in_law | the same distribution |
+| lossy | other tokens, a function of the request alone |
+| contextual | depends on cache contents, neighbours or load; runs only where a request asks for it |
+"""
+
+
+def systems_page() -> str:
+    """docs/systems.md: every registered part."""
+    lines = [
+        "# Systems that work today",
+        "",
+        "Generated from the registries by `make docs`; a part that is not listed here does not exist yet.",
+        "",
+        LABELS,
+    ]
+    for registry in REGISTRIES:
+        lines += [f"## {registry.seam.capitalize()}", ""]
+        lines += ["| part | label | option | what it does | source | composes with |", "| --- " * 6 + "|"]
+        lines += [
+            f"| {p.name} | {p.label} | `{p.option}` | {p.summary} | {p.source or 'the field'} | {p.composes} |"
+            for p in registry
+        ]
+        lines.append("")
+    lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
+    lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
+    lines += [
+        "",
+        "Devices: on the CPU attention and the draw have compiled kernels; on a GPU the same engine runs their plain",
+        "torch forms, which are right but not fast.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def options_page() -> str:
+    """docs/options.md: every engine option and sampling parameter."""
+    lines = ["# Options", "", "Generated from the dataclasses that hold them, by `make docs`.", ""]
+    for title, kind in (("Engine: `LLM(...)`", EngineConfig), ("Request: `SamplingParams(...)`", SamplingParams)):
+        lines += [f"## {title}", "", "| option | default | meaning |", "| --- | --- | --- |"]
+        for spec in dataclasses.fields(kind):
+            choices = spec.metadata["choices"]
+            text = spec.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+            lines.append(f"| {spec.name} | `{spec.default!r}` | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+PAGES = {"docs/systems.md": systems_page, "docs/options.md": options_page}
+
+
+def main() -> int:
+    """Returns the exit status: 1 if --check finds a page that is not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name, make in PAGES.items():
+        path, text = ROOT / name, make()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+                print(f"wrote {name}")
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run make docs", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
