@@ -1,8 +1,8 @@
 """What every compiled CPU kernel shares: numba decorators, the thread count, and a float32 exp that vectorises.
 
-The OpenMP layer is chosen before numba's first parallel call. Its idle threads yield as torch's do, whereas the
-`workqueue` layer competes with torch's spinning threads (70 against 6 microseconds a call on two cores) and is not
-safe when several Python threads call kernels at once. A process that forks after a kernel ran must `exec`.
+The OpenMP layer is chosen before numba's first parallel call: after a parallel call of torch a kernel starts in 6
+microseconds under it, and in 70 under `workqueue` (two cores), which is also unsafe when several Python threads call
+kernels at once. A process that forks after a kernel ran must `exec`.
 
 exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) by a polynomial that interpolates at Chebyshev nodes.
 """
@@ -21,8 +21,9 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+_config: Any = numba.config  # its attributes are made at run time
 if sys.platform == "linux" and "NUMBA_THREADING_LAYER" not in os.environ:
-    numba.config.THREADING_LAYER = "omp"
+    _config.THREADING_LAYER = "omp"
 
 # Sums may be reordered into vector lanes and multiply-adds fused. NaN, infinities and the sign of zero keep their
 # meaning: a kernel has to see a NaN that the model produced.
@@ -51,7 +52,7 @@ def use_torch_threads(limit: int | None = None) -> int:
     no other.
     """
     wanted = torch.get_num_threads()
-    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS, limit or wanted)
+    threads: int = min(wanted, _config.NUMBA_NUM_THREADS, limit or wanted)
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
     if torch.get_num_threads() != wanted:  # starting numba's OpenMP pool overwrites torch's setting
@@ -59,20 +60,21 @@ def use_torch_threads(limit: int | None = None) -> int:
     return threads
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
-    """For compiled code: a pointer from an integer address, as `numba.carray` takes it.
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """For compiled code: a pointer from an integer address, as `carray` takes it.
 
-    A kernel that takes `tensor.data_ptr()` starts a microsecond sooner per tensor than one that takes arrays: that is
-    what `Tensor.numpy()` and unpacking an array cost. The caller keeps the tensors alive, contiguous and of the dtype
-    that the kernel expects.
+    A kernel that takes `tensor.data_ptr()` starts half a microsecond sooner per tensor than one that takes arrays:
+    that is what `Tensor.numpy()` and unpacking an array cost. The caller keeps the tensors alive, contiguous and of
+    the dtype that the kernel expects.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
 
+
+pointer: Any = intrinsic(_pointer)
 
 _LOG2_E = np.float32(math.log2(math.e))
 # ln 2 in two parts; the high part has 12 significant bits, so that n * _LN2_HIGH is exact for |n| <= 2048.

@@ -22,9 +22,17 @@ from headrace.kernels.attention.cpu_kernel import BLOCK_ROWS, CHUNK_SLOTS, TILE_
 from headrace.kernels.attention.reference import AttentionRows, Span
 from headrace.kernels.cpu_runtime import use_torch_threads
 
-WIDE_FROM = 16
-"""Rows from which a request is gathered and given to torch; fewer rows go to the compiled kernel."""
-_TYPES = {
+WIDE_FROM = 9
+"""Rows from which a request is gathered and given to torch. Two cores, H 6, K 2, D 64, float32, kernel against torch:
+8 rows 0.76 to 0.87 ms over 1024 slots and 3.4 to 3.9 ms over 4096 (four requests), 12 rows 1.14 to 1.00 and 5.2 to 4.3.
+"""
+WIDE_FROM_SHORT = 24
+"""The same for a request of at most `SHORT_SLOTS` slots, where gathering costs more than computing."""
+SHORT_SLOTS = 128
+NOWHERE = 2**40
+"""A slot behind all slots."""
+
+_TYPES: dict[torch.dtype, tuple[np.ndarray, np.ndarray]] = {
     # the element as the kernel reads it, and the type it computes in; bfloat16 is the upper half of a float32
     torch.float32: (np.zeros(1, np.float32), np.zeros(1, np.float32)),
     torch.float64: (np.zeros(1, np.float64), np.zeros(1, np.float64)),
@@ -81,35 +89,36 @@ class CpuPlan:
         page_table_BP: Tensor,
         kv_len_B: Tensor,
         page_size: int,
-        spans: Sequence[Span],
-        wide_from: int,
+        lens: Sequence[tuple[int, int, int]],
+        wide_from: int | None,
     ) -> None:
-        self.rows, self.page_size, self.spans = rows, page_size, spans
+        self.rows, self.page_size = rows, page_size
         self.page_table_BP, self.kv_len_B = page_table_BP, kv_len_B
         self.table_BP: np.ndarray = page_table_BP.contiguous().numpy()
-        self.max_slots = page_table_BP.shape[1] * page_size
-        self.wide_from = wide_from
-        n_rows = rows.req_R.shape[0]
-        self.has_loose_rows = sum(span.count for span in spans) != n_rows
+        self.first_B, self.count_B, self.visible_B = np.array(lens, np.int64).reshape(-1, 3).T
+        self.visible_B = np.clip(self.visible_B, 0, page_table_BP.shape[1] * page_size)
+        if wide_from is None:
+            self.is_wide_B = self.count_B >= np.where(self.visible_B <= SHORT_SLOTS, WIDE_FROM_SHORT, WIDE_FROM)
+        else:
+            self.is_wide_B = self.count_B >= wide_from
+        self.has_loose_rows = int(self.count_B.sum()) != rows.req_R.shape[0]
         self._work: dict[int, _Work] = {}
 
     def work(self, window: int) -> _Work:
         """The work of a layer with this window."""
         if window not in self._work:
-            wide = [
-                self._wide(index, span, window) for index, span in enumerate(self.spans) if span.count >= self.wide_from
-            ]
-            self._work[window] = _Work(self._narrow(window) if len(wide) < len(self.spans) else None, wide)
+            wide = [self._wide(int(index), window) for index in np.flatnonzero(self.is_wide_B)]
+            self._work[window] = _Work(None if self.is_wide_B.all() else self._narrow(window), wide)
         return self._work[window]
 
     def _sees(self, window: int) -> np.ndarray:
         """Slots that each row sees: int32 [R, 5], see `_Narrow`."""
         req_R, t_R, a_R, b_R, c_R, _, reqs_B = (x.numpy() for x in self.rows)
-        first_B, count_B, visible_B = np.array(self.spans, np.int64).reshape(-1, 3).T
+        count_B = self.count_B
+        entry = np.repeat(np.arange(len(count_B)), count_B)
+        row = np.arange(len(entry)) + np.repeat(self.first_B - (np.cumsum(count_B) - count_B), count_B)
         limit_R = np.zeros(len(req_R), np.int64)
-        entry = np.repeat(np.arange(len(self.spans)), count_B)
-        row = np.arange(len(entry)) + np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B)
-        limit_R[row] = np.where(req_R[row] == reqs_B[entry], np.minimum(visible_B, self.max_slots)[entry], 0)
+        limit_R[row] = np.where(req_R[row] == reqs_B[entry], self.visible_B[entry], 0)
         n_R = self.kv_len_B.numpy()[req_R].astype(np.int64)
         low_R = np.maximum(t_R.astype(np.int64) - window + 1, 0) if window > 0 else np.zeros_like(limit_R)
         end_R = np.clip(n_R + a_R, 0, limit_R)
@@ -126,25 +135,24 @@ class CpuPlan:
         sees_R5 = self._sees(window)
         lo_RI, hi_RI = sees_R5[:, 1::2].astype(np.int64), sees_R5[:, 2::2].astype(np.int64)
         empty_RI = hi_RI <= lo_RI
-        begin_R = np.append(np.where(empty_RI, self.max_slots, lo_RI).min(1), 0)
+        begin_R = np.append(np.where(empty_RI, np.int64(NOWHERE), lo_RI).min(1), 0)
         end_R = np.append(np.where(empty_RI, 0, hi_RI).max(1), 0)
-        blocks = [
-            (first, min(BLOCK_ROWS, span.first + span.count - first))
-            for span in self.spans
-            if 0 < span.count < self.wide_from
-            for first in range(span.first, span.first + span.count, BLOCK_ROWS)
-        ]
-        first_N, count_N = np.array(blocks, np.int64).reshape(-1, 2).T
+
+        mine_B = ~self.is_wide_B & (self.count_B > 0)
+        n_blocks_B = -(-self.count_B[mine_B] // BLOCK_ROWS)
+        skip_N = (np.arange(n_blocks_B.sum()) - np.repeat(np.cumsum(n_blocks_B) - n_blocks_B, n_blocks_B)) * BLOCK_ROWS
+        first_N = np.repeat(self.first_B[mine_B], n_blocks_B) + skip_N
+        count_N = np.minimum(np.repeat(self.count_B[mine_B], n_blocks_B) - skip_N, BLOCK_ROWS)
         ranges = np.stack([first_N, first_N + count_N], 1).ravel()
-        end_N = np.maximum.reduceat(end_R, ranges)[::2] if len(blocks) else first_N
-        begin_N = np.minimum(np.minimum.reduceat(begin_R, ranges)[::2], end_N) if len(blocks) else first_N
+        end_N = np.maximum.reduceat(end_R, ranges)[::2]
+        begin_N = np.minimum(np.minimum.reduceat(begin_R, ranges)[::2], end_N)
         begin_N -= begin_N % TILE_SLOTS
         chunk_N = begin_N // CHUNK_SLOTS
         n_chunks_N = np.maximum(-(-end_N // CHUNK_SLOTS) - chunk_N, 1)
         n_parts_N = np.where(n_chunks_N > 1, n_chunks_N * count_N, 0)
         first_part_N = np.cumsum(n_parts_N) - n_parts_N
 
-        block = np.repeat(np.arange(len(blocks)), n_chunks_N)
+        block = np.repeat(np.arange(len(first_N)), n_chunks_N)
         i = np.arange(len(block)) - np.repeat(np.cumsum(n_chunks_N) - n_chunks_N, n_chunks_N)
         items_N5 = np.empty((len(block), 5), np.int64)
         items_N5[:, 0] = first_N[block]
@@ -160,18 +168,19 @@ class CpuPlan:
         joins_X4 = np.array(joins, np.int64).reshape(-1, 4)
         return _Narrow(sees_R5, items_N5, joins_X4, int(n_parts_N.sum()), {}, {})
 
-    def _wide(self, index: int, span: Span, window: int) -> _Wide:
-        end = min(span.visible, self.max_slots)
-        rows = slice(span.first, span.first + span.count)
-        page = 0
-        if window > 0:
+    def _wide(self, index: int, window: int) -> _Wide:
+        """What a wide request gathers, and its mask."""
+        span = Span(int(self.first_B[index]), int(self.count_B[index]), int(self.visible_B[index]))
+        rows = slice(span.first, span.first + span.rows)
+        page, end = 0, span.visible
+        if window > 0 and end > 0:
             low = int(self.rows.t_R[rows].min()) - window + 1
-            page = min(max(low, 0), max(end - 1, 0)) // self.page_size
+            page = min(max(low, 0), end - 1) // self.page_size
         begin = page * self.page_size
         pages = self.page_table_BP[int(self.rows.reqs_B[index]), page : -(-end // self.page_size)]
         seen_rm = reference.visible_slots(self.rows, index, span, self.kv_len_B, window, range(begin, end))
         stale_m1, blind_r = ~seen_rm.any(0)[:, None], ~seen_rm.any(1)
-        causal = span.count == end and not begin and torch.equal(seen_rm, torch.ones_like(seen_rm).tril())
+        causal = span.rows == end and not begin and torch.equal(seen_rm, torch.ones_like(seen_rm).tril())
         return _Wide(
             rows=rows,
             pages=pages.contiguous(),
@@ -190,11 +199,16 @@ def plan_attention(
     kv_len_B: Tensor,
     page_size: int,
     lens: Sequence[tuple[int, int, int]] | None = None,
-    wide_from: int = WIDE_FROM,
+    wide_from: int | None = None,
 ) -> CpuPlan:
-    """The plan of a step. Requests with `wide_from` rows or more are gathered and given to torch."""
+    """The plan of a step.
+
+    Requests with `wide_from` rows or more are gathered and given to torch, all others are left to the kernel. None is
+    the fastest choice by measurement; a number larger than any request makes every row's bits a function of its
+    request alone, whatever else is in the step and however a prompt is cut.
+    """
     found = reference.find_spans(rows, kv_len_B) if lens is None else lens
-    return CpuPlan(rows, page_table_BP, kv_len_B, page_size, [Span(*span) for span in found], wide_from)
+    return CpuPlan(rows, page_table_BP, kv_len_B, page_size, found, wide_from)
 
 
 def attend(
@@ -286,7 +300,7 @@ def _share_out(items_N5: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
 
 def _head_stride(pool_KPSD: Tensor) -> int:
     """Elements from one head to the next of a pool whose heads are contiguous."""
-    _, pages, slots, size = pool_KPSD.shape
+    slots, size = pool_KPSD.shape[2:]
     if pool_KPSD.stride()[1:] != (slots * size, size, 1) and not pool_KPSD[0].is_contiguous():
         raise ValueError(f"pool strides are {pool_KPSD.stride()}: all but the first must be those of [P, S, D]")
     return pool_KPSD.stride(0)

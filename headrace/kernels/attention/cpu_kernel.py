@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, prange, types
+from numba import carray, prange, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from headrace.kernels.cpu_runtime import FAST_SUMS, exp_f32, njit_parallel, njit_serial
@@ -32,15 +32,17 @@ _TANH = tuple(np.float32(x) for x in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 _TANH_SERIES_BELOW = np.float32(0.3)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """A pointer to elements of the type of `like`."""
+def _emit_pointer(typing_context: Any, address: Any, like: Any) -> Any:
     pointer = types.CPointer(like.dtype)
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(pointer))
 
     return pointer(address, like), code
+
+
+_pointer: Any = intrinsic(_emit_pointer)
+"""A pointer to elements of the type of `like`; compiled only."""
 
 
 @njit_serial()
@@ -114,20 +116,24 @@ def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, pla
 
 
 @njit_serial(fastmath=FAST_SUMS)
-def _score(q_D: Any, keys: Any, like: Any, place: Any, n: Any, s: Any) -> None:
-    """s[j] = q k_j, four slots at a time so that q is loaded once for them."""
-    size = len(q_D)
-    zero = s.dtype.type(0)
+def _score(q_GD: Any, keys: Any, like: Any, place: Any, n: Any, s_GT: Any) -> None:
+    """s[g, j] = q_g k_j, for all query heads of a key head while its keys pass by.
+
+    Four slots at a time, so that q is loaded once for them.
+    """
+    size = q_GD.shape[1]
+    zero = s_GT.dtype.type(0)
     for j in range(0, n, 4):
         k0, k1 = _vector(keys, place[j] * size, size, like), _vector(keys, place[j + 1] * size, size, like)
         k2, k3 = _vector(keys, place[j + 2] * size, size, like), _vector(keys, place[j + 3] * size, size, like)
-        s0, s1, s2, s3 = zero, zero, zero, zero
-        for d in range(size):
-            s0 += q_D[d] * _widen(k0[d])
-            s1 += q_D[d] * _widen(k1[d])
-            s2 += q_D[d] * _widen(k2[d])
-            s3 += q_D[d] * _widen(k3[d])
-        s[j], s[j + 1], s[j + 2], s[j + 3] = s0, s1, s2, s3
+        for g in range(len(q_GD)):
+            s0, s1, s2, s3 = zero, zero, zero, zero
+            for d in range(size):
+                s0 += q_GD[g, d] * _widen(k0[d])
+                s1 += q_GD[g, d] * _widen(k1[d])
+                s2 += q_GD[g, d] * _widen(k2[d])
+                s3 += q_GD[g, d] * _widen(k3[d])
+            s_GT[g, j], s_GT[g, j + 1], s_GT[g, j + 2], s_GT[g, j + 3] = s0, s1, s2, s3
 
 
 @njit_serial(fastmath={"contract"})
@@ -166,38 +172,50 @@ def _sum(s: Any, n: Any) -> Any:
 
 
 @njit_serial(fastmath=FAST_SUMS)
-def _add_values(p: Any, values: Any, like: Any, place: Any, n: Any, acc_D: Any) -> None:
-    """acc += sum_j p[j] v_j, four slots at a time so that acc is loaded and stored once for them."""
-    size = len(acc_D)
+def _add_values(p_GT: Any, values: Any, like: Any, place: Any, n: Any, acc_GD: Any) -> None:
+    """acc[g] += sum_j p[g, j] v_j, four slots at a time so that acc is loaded and stored once for them."""
+    size = acc_GD.shape[1]
     for j in range(0, n, 4):
         v0, v1 = _vector(values, place[j] * size, size, like), _vector(values, place[j + 1] * size, size, like)
         v2, v3 = _vector(values, place[j + 2] * size, size, like), _vector(values, place[j + 3] * size, size, like)
-        p0, p1, p2, p3 = p[j], p[j + 1], p[j + 2], p[j + 3]
-        for d in range(size):
-            acc_D[d] += (p0 * _widen(v0[d]) + p1 * _widen(v1[d])) + (p2 * _widen(v2[d]) + p3 * _widen(v3[d]))
+        for g in range(len(acc_GD)):
+            p0, p1, p2, p3 = p_GT[g, j], p_GT[g, j + 1], p_GT[g, j + 2], p_GT[g, j + 3]
+            for d in range(size):
+                acc_GD[g, d] += (p0 * _widen(v0[d]) + p1 * _widen(v1[d])) + (p2 * _widen(v2[d]) + p3 * _widen(v3[d]))
 
 
 @njit_serial()
 def _attend_tile(
-    q_D: Any, keys: Any, values: Any, like: Any, place: Any, n: Any, softcap: Any, s: Any, state: Any, acc_D: Any
+    q_GD: Any,
+    keys: Any,
+    values: Any,
+    like: Any,
+    place: Any,
+    n: Any,
+    softcap: Any,
+    s_GT: Any,
+    state_G2: Any,
+    acc_GD: Any,
 ) -> None:
     """Join the listed slots into the running softmax: state = (largest score, sum of exponentials)."""
     padded = (n + 3) // 4 * 4
-    _score(q_D, keys, like, place, padded, s)
-    if softcap > 0:
-        _cap(s, padded, softcap)
-    tile_top = _largest(s, padded)  # the padding repeats a score
-    top = tile_top if tile_top > state[0] else state[0]
-    _exponentiate(s, n, top)
-    for j in range(n, padded):
-        s[j] = 0
-    shrink = _exp(state[0] - top)
-    state[0] = top
-    state[1] = state[1] * shrink + _sum(s, n)
-    if shrink != 1:
-        for d in range(len(acc_D)):
-            acc_D[d] *= shrink
-    _add_values(s, values, like, place, padded, acc_D)
+    _score(q_GD, keys, like, place, padded, s_GT)
+    for g in range(len(q_GD)):
+        s, state = s_GT[g], state_G2[g]
+        if softcap > 0:
+            _cap(s, padded, softcap)
+        tile_top = _largest(s, padded)  # the padding repeats a score
+        top = tile_top if tile_top > state[0] else state[0]
+        _exponentiate(s, n, top)
+        for j in range(n, padded):
+            s[j] = 0
+        shrink = _exp(state[0] - top)
+        state[0] = top
+        state[1] = state[1] * shrink + _sum(s, n)
+        if shrink != 1:
+            for d in range(acc_GD.shape[1]):
+                acc_GD[g, d] *= shrink
+    _add_values(s_GT, values, like, place, padded, acc_GD)
 
 
 @njit_serial()
@@ -223,7 +241,7 @@ def _finish(acc_D: Any, state: Any, sinks: Any, head: Any, out_D: Any, lses: Any
 @njit_serial()
 def _attend_item(
     item: Any, k: Any, io: Any, shape: Any, like: Any, scale: Any, softcap: Any, sees_R5: Any, table_BP: Any,
-    q_XD: Any, acc_XD: Any, state_X2: Any, s: Any, place: Any,
+    q_XD: Any, acc_XD: Any, state_X2: Any, s_GT: Any, place: Any,
 ) -> None:  # fmt: skip
     """One block of rows, one key/value head, one chunk of slots."""
     q, keys, values, out, lse, sinks, parts, part_states = io
@@ -244,8 +262,8 @@ def _attend_item(
             sees = sees_R5[first + r]
             n = _list_slots(sees, tile, min(tile + TILE_SLOTS, end), table_BP[sees[0]], page_size, place)
             if n > 0:
-                for x in range(r * group, r * group + group):
-                    _attend_tile(q_XD[x], keys, values, like, place, n, softcap, s, state_X2[x], acc_XD[x])
+                x = slice(r * group, r * group + group)
+                _attend_tile(q_XD[x], keys, values, like, place, n, softcap, s_GT, state_X2[x], acc_XD[x])
     for r in range(count):
         for g in range(group):
             x, head = r * group + g, k * group + g
@@ -254,7 +272,7 @@ def _attend_item(
                 _finish(acc_XD[x], state_X2[x], sinks, head, _vector(out, at * v_size, v_size, acc_XD), lse, at)
             else:
                 at = (part + r) * heads + head
-                part_D, part_state = _vector(parts, at * v_size, v_size, s), _vector(part_states, at * 2, 2, s)
+                part_D, part_state = _vector(parts, at * v_size, v_size, s_GT), _vector(part_states, at * 2, 2, s_GT)
                 for d in range(v_size):
                     part_D[d] = acc_XD[x, d]
                 part_state[0], part_state[1] = state_X2[x, 0], state_X2[x, 1]
@@ -300,12 +318,12 @@ def attend_narrow(
         q_XD = np.empty((BLOCK_ROWS * group, size), acc_like.dtype)
         acc_XD = np.empty((BLOCK_ROWS * group, v_size), acc_like.dtype)
         state_X2 = np.empty((BLOCK_ROWS * group, 2), acc_like.dtype)
-        s = np.empty(TILE_SLOTS + 4, acc_like.dtype)
-        place = np.empty(TILE_SLOTS + 4, np.int64)
+        s_GT = np.empty((group, TILE_SLOTS), acc_like.dtype)
+        place = np.empty(TILE_SLOTS, np.int64)
         for unit in range(bounds_T1[t], bounds_T1[t + 1]):
             _attend_item(
                 items_N5[unit // kv_heads], unit % kv_heads, io, shape, like, scale, softcap, sees_R5, table_BP,
-                q_XD, acc_XD, state_X2, s, place,
+                q_XD, acc_XD, state_X2, s_GT, place,
             )  # fmt: skip
     if len(joins_X4) > 0:
         acc_D, state = np.empty(v_size, acc_like.dtype), np.empty(2, acc_like.dtype)

@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
     first: int
     """Its first row."""
-    count: int
+    rows: int
     """Its number of rows."""
     visible: int
     """A bound on the slots that its rows see: n + max(a, c) or more."""
@@ -82,7 +82,7 @@ def visible_slots(rows: AttentionRows, index: int, span: Span, kv_len_B: Tensor,
     req_1 = rows.reqs_B[index : index + 1]
     n_1 = kv_len_B.index_select(0, req_1)
     a_r1, b_r1, c_r1, t_r1, req_r1 = (
-        x[span.first : span.first + span.count, None] for x in (rows.a_R, rows.b_R, rows.c_R, rows.t_R, rows.req_R)
+        x[span.first : span.first + span.rows, None] for x in (rows.a_R, rows.b_R, rows.c_R, rows.t_R, rows.req_R)
     )
     s_m = torch.arange(slots.start, slots.stop, dtype=torch.int32, device=n_1.device)
     seen_rm = (s_m < n_1 + a_r1) | ((s_m >= n_1 + b_r1) & (s_m < n_1 + c_r1))
@@ -156,13 +156,13 @@ def attend(
     lse_RH = q_RHD.new_full((n_rows, heads), float("-inf"), dtype=kind) if need_lse else None
     for index, span in enumerate(plan.spans):
         slots = min(span.visible, page_table_BP.shape[1] * page_size)
-        if not span.count or not slots:
+        if not span.rows or not slots:
             continue  # the rows of this request see nothing
         table_1p = page_table_BP.index_select(0, rows.reqs_B[index : index + 1])
         pages = table_1p[0, : -(-slots // page_size)]
         k_KmD, v_KmD = (x.index_select(1, pages).flatten(1, 2)[:, :slots] for x in (k_pool_KPSD, v_pool_KPSD))
         seen_rm = visible_slots(rows, index, span, kv_len_B, window, range(slots))
-        mine = slice(span.first, span.first + span.count)
+        mine = slice(span.first, span.first + span.rows)
         out_rHD, lse_rH = attend_dense(
             q_RHD[mine], k_KmD, v_KmD, seen_rm, scale=scale, softcap=softcap, sinks_H=sinks_H
         )

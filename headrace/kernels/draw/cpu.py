@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from headrace.kernels.cpu_runtime import FAST_SUMS, exp_f32, njit_parallel, njit_serial, pointer, use_torch_threads
@@ -407,17 +408,17 @@ def _log_probs(token: Any, x: Any, raw: Any, temperature: Any, shift: Any, mass:
 def _draw_rows(rows: Any, vocab: Any, purpose: Any, logits: Any, raw: Any, inputs: Any, outputs: Any) -> None:
     """All arguments from `logits` on are addresses; `raw` equals `logits` where the model's logits are the same."""
     separate = raw != logits
-    logits_mv = numba.carray(pointer(logits), (rows, vocab), np.float32)
-    raw_mv = numba.carray(pointer(raw), (rows, vocab), np.float32)
-    temperature_m = numba.carray(pointer(inputs[0]), (rows,), np.float32)
-    top_k_m = numba.carray(pointer(inputs[1]), (rows,), np.int32)
-    top_p_m = numba.carray(pointer(inputs[2]), (rows,), np.float32)
-    min_p_m = numba.carray(pointer(inputs[3]), (rows,), np.float32)
-    stream_m2 = numba.carray(pointer(inputs[4]), (rows, 2), np.int32)
-    t_out_m = numba.carray(pointer(inputs[5]), (rows,), np.int32)
-    nth_m = numba.carray(pointer(inputs[6]), (rows,), np.int32)
-    id_m = numba.carray(pointer(outputs), (rows,), np.int32)
-    logp_raw_m, logp_draw_m, lse_m = numba.carray(pointer(outputs + 4 * rows), (3, rows), np.float32)
+    logits_mv = carray(pointer(logits), (rows, vocab), np.float32)
+    raw_mv = carray(pointer(raw), (rows, vocab), np.float32)
+    temperature_m = carray(pointer(inputs[0]), (rows,), np.float32)
+    top_k_m = carray(pointer(inputs[1]), (rows,), np.int32)
+    top_p_m = carray(pointer(inputs[2]), (rows,), np.float32)
+    min_p_m = carray(pointer(inputs[3]), (rows,), np.float32)
+    stream_m2 = carray(pointer(inputs[4]), (rows, 2), np.int32)
+    t_out_m = carray(pointer(inputs[5]), (rows,), np.int32)
+    nth_m = carray(pointer(inputs[6]), (rows,), np.int32)
+    id_m = carray(pointer(outputs), (rows,), np.int32)
+    logp_raw_m, logp_draw_m, lse_m = carray(pointer(outputs + 4 * rows), (3, rows), np.float32)
     n_groups = (vocab + _GROUP - 1) // _GROUP
     n_chunks = (vocab + _CHUNK - 1) // _CHUNK
 
