@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from typing import Any
 
 from headrace.commands.options import add_options, read_options
 from headrace.config import EngineConfig
@@ -12,17 +13,21 @@ from headrace.errors import RequestError
 from headrace.llm import LLM
 from headrace.params import SamplingParams
 
+DEFAULTS: dict[str, Any] = {"max_tokens": 256}
+SKIPPED = ("n", "logprobs", "prompt_logprobs", "detokenize")
+"""Parameters that make no sense in a conversation on a terminal."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--system", help="system message that opens the conversation")
-    add_options(parser, SamplingParams, "sampling", skip=("n", "logprobs", "prompt_logprobs", "detokenize"))
+    add_options(parser, SamplingParams, "sampling", skip=SKIPPED, **DEFAULTS)
     add_options(parser, EngineConfig, "engine", skip=("seed", "skip_tokenizer_init"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read a line, stream the answer, until end of input. Returns the exit status."""
-    params = read_options(arguments, SamplingParams, max_tokens=256)
+    params = read_options(arguments, SamplingParams, **DEFAULTS)
     llm = LLM(**dataclasses.asdict(read_options(arguments, EngineConfig, skip=("seed",))))
     messages: list[dict[str, str]] = []
     if arguments.system:

@@ -20,9 +20,11 @@ from headrace.errors import RequestError
 from headrace.llm import LLM
 from headrace.outputs import RequestOutput
 from headrace.params import SamplingParams
+from headrace.request import PositionLogprobs
 
 SHOWN = 3
 """Completions printed at the end."""
+DEFAULTS: dict[str, Any] = {"max_tokens": 128}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, help="JSONL file for the completions; standard output if not given"
     )
     parser.add_argument("--compare", action="store_true", help="also run the same requests one at a time, and compare")
-    add_options(parser, SamplingParams, "sampling")
+    add_options(parser, SamplingParams, "sampling", **DEFAULTS)
     add_options(parser, EngineConfig, "engine", skip=("seed",))
 
 
@@ -51,7 +53,7 @@ class Job:
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns the exit status."""
-    defaults = read_options(arguments, SamplingParams, max_tokens=128)
+    defaults = read_options(arguments, SamplingParams, **DEFAULTS)
     jobs = [Job(text, defaults, {}) for text in arguments.prompt]
     if arguments.input is not None:
         jobs += read_jobs(arguments.input, defaults)
@@ -110,13 +112,22 @@ def _line(job: Job, output: RequestOutput) -> dict[str, Any]:
             "output_tokens": len(sample.token_ids),
             **({"token_ids": sample.token_ids} if not job.params.detokenize else {}),
             **({"cumulative_logprob": sample.cumulative_logprob} if sample.cumulative_logprob is not None else {}),
+            **({"logprobs": _logprobs(sample.logprobs)} if sample.logprobs is not None else {}),
             **({"error": str(sample.error)} if sample.error else {}),
         }
         for sample in output.outputs
     ]
     head = {"prompt": output.prompt} if output.prompt is not None else {"prompt_token_ids": output.prompt_token_ids}
     body = samples[0] if len(samples) == 1 else {"samples": samples}
-    return {**job.extra, **head, **body, "prompt_tokens": len(output.prompt_token_ids), "seed": output.seed}
+    line = {**job.extra, **head, **body, "prompt_tokens": len(output.prompt_token_ids), "seed": output.seed}
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
+    return line
+
+
+def _logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[int, float] | None]:
+    """Token id to log-probability at each position; the first prompt token has none."""
+    return [position and {token: entry.logprob for token, entry in position.items()} for position in positions]
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

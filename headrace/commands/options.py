@@ -11,8 +11,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, title: str, *, skip: tuple[str, ...] = ()) -> None:
-    """One `--option` for each field of the dataclass, with the field's help and default."""
+def add_options(
+    parser: argparse.ArgumentParser, kind: type, title: str, *, skip: tuple[str, ...] = (), **defaults: Any
+) -> None:
+    """One `--option` for each field of the dataclass, with the field's help and default.
+
+    `defaults` are those of the command where they differ from the dataclass's own.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(kind)
     for spec in dataclasses.fields(kind):
@@ -22,8 +27,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type, title: str, *, skip
         if value is None:
             continue
         text = spec.metadata["help"]
-        if spec.default is not None:
-            text += f" (default: {spec.default})"
+        default = defaults.get(spec.name, spec.default)
+        if default is not None:
+            text += f" (default: {default})"
         settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS, "dest": spec.name}
         flag = "--" + spec.name.replace("_", "-")
         if value is bool:

@@ -133,9 +133,8 @@ def stage_evaluate(job: Job) -> None:
     folders = job.assets / MAIN_NAME, job.assets / DRAFT_NAME
     runs = {"main": run_summary(job, "main", job.main_shape), "draft": run_summary(job, "draft", job.draft_shape)}
     report: dict[str, Any] = {"runs": runs}
-    main, draft = (
-        load_exported(f, s, device()) for f, s in zip(folders, (job.main_shape, job.draft_shape), strict=True)
-    )
+    main = load_exported(folders[0], job.main_shape, device())
+    draft = load_exported(folders[1], job.draft_shape, device())
     report["held_out"] = held_out_report(main, draft, texts, encode_documents(tokenizer, texts), job.limits.window)
     print(json.dumps(report["held_out"], indent=1), flush=True)
     (job.out / "report.json").write_text(json.dumps(report, indent=1))

@@ -2,7 +2,7 @@
 
 Each file is cleaned on its own (in worker processes), then exact and near duplicates are dropped. Near duplicates are
 found by shingles, hashes of four successive code lines (Broder, "On the resemblance and containment of documents",
-1997). A file is held out by the hash of its code, and held-out files that share much with the rest are left out of both.
+1997). A file is held out by the hash of its code; held-out files that share much with the rest are left out of both.
 """
 
 from __future__ import annotations
@@ -235,13 +235,13 @@ def deduplicate(documents: Iterable[Document], packages: dict[str, Package]) -> 
 
 def write_manifest(path: Path, packages: dict[str, Package], train: list[Document], held_out: list[Document]) -> None:
     """Writes which packages were used under which licence, which were refused, and why files fell out."""
-    used, refused = [], []
+    used: list[dict[str, str | int]] = []
+    refused: list[dict[str, str | int]] = []
     for name, package in sorted(packages.items(), key=lambda item: item[0].lower()):
-        row = {"name": name, "version": package.version, "licence": package.verdict.licence}
+        row: dict[str, str | int] = {"name": name, "version": package.version, "licence": package.verdict.licence}
         if package.bytes_used or package.bytes_held_out:
-            counts = {"files": package.files_used, "bytes_train": package.bytes_used}
-            row |= {"licence_from": package.verdict.source, **counts, "bytes_held_out": package.bytes_held_out}
-            used.append(row)
+            row |= {"licence_from": package.verdict.source, "files": package.files_used}
+            used.append(row | {"bytes_train": package.bytes_used, "bytes_held_out": package.bytes_held_out})
         elif not package.verdict.allowed:
             refused.append(row)
     dropped = sum((package.dropped for package in packages.values()), Counter())

@@ -26,7 +26,7 @@ BOS_PROBE = 256
 
 @dataclass
 class Scores:
-    """Sums over scored tokens; `agree_runs` holds the agreement flags of each file in order."""
+    """Sums over scored tokens; `flags` holds, for each file, the agreement flags of its windows by position."""
 
     tokens: int = 0
     nats_main: float = 0.0

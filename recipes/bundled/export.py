@@ -87,7 +87,7 @@ def write_weights(tensors: dict[str, Tensor], out: Path) -> None:
     if len(groups) == 1:
         save_file(groups[0], out / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file(group, out / file, metadata={"format": "pt"})
@@ -108,6 +108,8 @@ def export(model: LlamaLM, tokenizer: Path, manifest: Path, out: Path) -> float:
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(model.shape), indent=1) + "\n")
     shutil.copy(tokenizer, out / "tokenizer.json")
     shutil.copy(manifest, out / "corpus_manifest.json")
+    for file in out.iterdir():
+        file.chmod(0o644)  # the writer of safetensors makes files that only their owner can read
     difference = logit_difference(model, out)
     size = sum(t.nbytes for t in tensors.values())
     print(f"export: {out.name}: {size:,} bytes of weights; logits differ by at most {difference:.2e}", flush=True)
@@ -130,10 +132,10 @@ def logit_difference(model: LlamaLM, folder: Path) -> float:
     ids_BT = torch.cat((torch.tensor(ids), random_T))[None]
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reference_BTV = load_exported(folder, model.shape, torch.device("cpu"))(ids_BT)
-    own_BTV = LlamaLM(model.shape)
-    own_BTV.load_state_dict({k: v.detach().cpu().to(torch.bfloat16).float() for k, v in model.state_dict().items()})
+    own = LlamaLM(model.shape)
+    own.load_state_dict({k: v.detach().cpu().to(torch.bfloat16).float() for k, v in model.state_dict().items()})
     theirs_BTV = other(ids_BT).logits
-    return float(max((own_BTV(ids_BT) - theirs_BTV).abs().max(), (reference_BTV - theirs_BTV).abs().max()))
+    return float(max((own(ids_BT) - theirs_BTV).abs().max(), (reference_BTV - theirs_BTV).abs().max()))
 
 
 def load_exported(folder: Path, shape: ModelShape, device: torch.device) -> LlamaLM:

@@ -87,7 +87,7 @@ def _order(task: Task) -> str:
 
 def cut(completion: str, indent: int) -> tuple[str, bool]:
     """The completion up to its first line indented no deeper than the `def`, and whether there is such a line."""
-    kept = []
+    kept: list[str] = []
     for line in completion.split("\n"):
         if line.strip() and len(line) - len(line.lstrip()) <= indent:
             return "\n".join(kept).rstrip() + "\n", True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from email.message import Message
+from typing import Any, Protocol
 
 ALLOWED_SPDX = frozenset(
     "0bsd apache-2.0 bsd-1-clause bsd-2-clause bsd-3-clause bsl-1.0 cc0-1.0 cnri-python hpnd isc libpng mit mit-0 "
@@ -134,15 +134,23 @@ def _from_field(field: str) -> Verdict:
     return Verdict(False, field.strip().splitlines()[0][:80], "licence text")
 
 
-def decide(metadata: Message) -> Verdict:
+class Headers(Protocol):
+    """What is read of a METADATA file: `email.message.Message` and `importlib.metadata.PackageMetadata` both have it."""
+
+    def __getitem__(self, name: str) -> Any: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get_all(self, name: str) -> list[Any] | None: ...
+
+
+def decide(metadata: Headers) -> Verdict:
     """The verdict on one distribution from its METADATA headers."""
-    name = str(metadata.get("Name") or "")
-    expression = str(metadata.get("License-Expression") or "").strip()
-    field = str(metadata.get("License") or "").strip()
+    name, expression, field = (
+        str(metadata[key] or "").strip() if key in metadata else "" for key in ("Name", "License-Expression", "License")
+    )
     if name.lower().startswith("nvidia-"):
-        return Verdict(
-            False, expression or field.splitlines()[0][:80] if expression or field else "proprietary", "name"
-        )
+        return Verdict(False, expression or field[:80] or "not declared", "name")
     if expression:
         return Verdict(spdx_allowed(expression), expression, "licence expression")
     classifiers = [c for c in metadata.get_all("Classifier") or [] if c.startswith("License ::")]

@@ -48,13 +48,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 self._step_batch(parameters, max(shape), group)
 
-    def _step_batch(self, parameters: list[nn.Parameter], longest: int, group: dict[str, Any]) -> None:
+    def _step_batch(self, parameters: list[Tensor], longest: int, group: dict[str, Any]) -> None:
         momenta = []
         for parameter in parameters:
             state = self.state[parameter]

@@ -359,6 +359,19 @@ def test_equal_logits_follow_the_noise(form: DrawForm) -> None:
 
 
 @FORMS
+@pytest.mark.parametrize(
+    ("vocab", "t_out", "first", "second"), [(4096, 2442544, 1523, 3365), (20000, 18075, 7870, 13188)]
+)
+def test_equal_scores_go_to_the_lowest_id(form: DrawForm, vocab: int, t_out: int, first: int, second: int) -> None:
+    """Places found by search, at which two tokens of one chunk, or of two, have the same best random word."""
+    stream_M2, t_out_M = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([t_out], dtype=torch.int32)
+    noise_V = gumbel_noise(stream_M2, t_out_M, vocab)[0]
+    assert (noise_V == noise_V.max()).nonzero()[:, 0].tolist() == [first, second]
+    for setting in ({}, {"min_p": 0.5}, {"top_k": second + 1}):
+        assert form(torch.zeros(1, vocab), params_of(1, **setting), stream_M2, t_out_M).id_M.tolist() == [first]
+
+
+@FORMS
 def test_rows_without_a_token_are_marked_and_alone(form: DrawForm) -> None:
     generator = torch.Generator().manual_seed(2)
     good_MV = torch.randn(9, 130, generator=generator)

@@ -77,7 +77,7 @@ def attend(
 
     Returns:
         out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
-        nothing has out 0, and lse -inf where there is no sink. Slots that no row of a request sees may hold NaN.
+        nothing has out 0 and lse -inf, sink or not. Slots that no row of a request sees may hold NaN.
     """
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)

@@ -220,16 +220,16 @@ def _attend_tile(
 
 @njit_serial()
 def _finish(acc_D: Any, state: Any, sinks: Any, head: Any, out_D: Any, lses: Any, at: Any) -> None:
-    """out = acc / denominator, and its logarithm; the sink joins the denominator."""
+    """out = acc / denominator, and its logarithm; the sink joins the denominator of rows that see something."""
     top, total = state[0], state[1]
     factor = state.dtype.type(1)
-    if sinks != 0:
+    if sinks != 0 and total != 0:
         sink = _vector(sinks, head, 1, state)[0]
         if sink > top:
             factor = _exp(top - sink)
             total = total * factor + 1
             top = sink
-        elif top > -np.inf:
+        else:
             total += _exp(sink - top)
     factor = factor / total if total != 0 else factor * 0
     for d in range(len(acc_D)):

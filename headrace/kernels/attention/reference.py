@@ -103,7 +103,8 @@ def attend_dense(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one request's rows over its gathered slots, in float32 (float64 for float64).
 
-    Returns out [r, H, Dv] and lse [r, H] in that type: the logarithm of the softmax denominator, sink included.
+    Returns out [r, H, Dv] and lse [r, H] in that type: the logarithm of the softmax denominator, sink included. A row
+    that sees nothing has out 0 and lse -inf, sink or not.
     """
     kind = torch.float64 if q_rHD.dtype == torch.float64 else torch.float32
     rows, heads, size = q_rHD.shape
@@ -125,7 +126,8 @@ def attend_dense(
     scores_rKGm = scores_rKGm.masked_fill(~seen_rm[:, None, None, :], float("-inf"))
     lse_rKG = torch.logsumexp(scores_rKGm, dim=-1)
     if sinks_H is not None:
-        lse_rKG = torch.logaddexp(lse_rKG, sinks_H.to(kind).view(kv_heads, heads // kv_heads))
+        sinks_KG = sinks_H.to(kind).view(kv_heads, heads // kv_heads)
+        lse_rKG = torch.logaddexp(lse_rKG, sinks_KG.where(lse_rKG > float("-inf"), float("-inf")))
     # Rows that see nothing have lse = -inf, and -inf - -inf is NaN.
     p_rKGm = torch.exp(scores_rKGm - lse_rKG.masked_fill(lse_rKG == float("-inf"), 0.0)[..., None])
     out_rKGD = torch.einsum("rkgm,kmd->rkgd", p_rKGm, v_KmD)
