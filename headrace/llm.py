@@ -21,6 +21,7 @@ from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError, TokenizerError
 from headrace.models.checkpoint import load_model, resolve_model
+from headrace.models.registry import read_config
 from headrace.outputs import CompletionOutput, RequestMetrics, RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
 from headrace.request import Logprob, PositionLogprobs, Request
@@ -102,6 +103,7 @@ class LLM:
         device = _choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
+        read_config(path)  # a directory that is no checkpoint is said before anything else is missed
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer_init:
             tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path

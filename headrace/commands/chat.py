@@ -10,7 +10,6 @@ from typing import Any
 from headrace.commands.options import add_options, read_options
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
-from headrace.llm import LLM
 from headrace.params import SamplingParams
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 256}
@@ -27,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read a line, stream the answer, until end of input. Returns the exit status."""
+    from headrace.llm import LLM  # here, so that --help does not wait for torch
+
     params = read_options(arguments, SamplingParams, **DEFAULTS)
     llm = LLM(**dataclasses.asdict(read_options(arguments, EngineConfig, skip=("seed",))))
     messages: list[dict[str, str]] = []

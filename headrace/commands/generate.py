@@ -12,15 +12,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.commands.options import add_options, read_options
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
-from headrace.llm import LLM
 from headrace.outputs import RequestOutput
 from headrace.params import SamplingParams
 from headrace.request import PositionLogprobs
+
+if TYPE_CHECKING:
+    from headrace.llm import LLM
 
 SHOWN = 3
 """Completions printed at the end."""
@@ -53,6 +55,8 @@ class Job:
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns the exit status."""
+    from headrace.llm import LLM  # here, so that --help does not wait for torch
+
     defaults = read_options(arguments, SamplingParams, **DEFAULTS)
     jobs = [Job(text, defaults, {}) for text in arguments.prompt]
     if arguments.input is not None:

@@ -71,7 +71,7 @@ matrices and AdamW for the rest, bfloat16 products on float32 weights, warm-up, 
 from the main model's whole distribution (KL, weight 0.9) and the text (0.1). The recipe is in `recipes/bundled`.
 
 At the end the main model's loss is {main["final_train_loss"]:.2f} nats a token on the text it trains on and
-{main["final_held_out_loss"]:.2f} on held-out text: after so many passes it knows part of its training text by heart.
+{main["final_held_out_loss"]:.2f} on held-out text: after so many passes it has begun to learn that text by heart.
 """
 
 
@@ -124,8 +124,8 @@ on held-out text {files["tokens_per_check"]["4"]:.2f}.
 
 def samples_section(samples: list[dict[str, Any]]) -> str:
     intro = (
-        "## Samples\n\nThe first of the fixed list of held-out functions, greedy, cut at the first dedent, unedited. What\n"
-        "stands up to the docstring's end is quoted from the package named, under its licence; the rest is the model's.\n"
+        "## Samples\n\nThe first of the fixed list of held-out functions, greedy, cut at the first dedent, unedited.\n"
+        "Up to the docstring's end they are quoted from the package named, under its licence; the rest is its own.\n"
     )
     shown = (f"`{s['name']}`\n\n````python\n{s['head']}{s['main_greedy'].rstrip()}\n````\n" for s in samples)
     return "\n".join((intro, *shown))

@@ -131,7 +131,8 @@ def complete(
     """New ids for each task through transformers; temperature 0 is greedy. Ids end before `<|endoftext|>`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     width = max(len(task.ids) for task in tasks)
     ids_BT = torch.full((len(tasks), width), PAD_ID)
     for row, task in enumerate(tasks):

@@ -135,7 +135,7 @@ def _from_field(field: str) -> Verdict:
 
 
 class Headers(Protocol):
-    """What is read of a METADATA file: `email.message.Message` and `importlib.metadata.PackageMetadata` both have it."""
+    """What is read of a METADATA file; `email.message.Message` and `importlib.metadata`'s own type both have it."""
 
     def __getitem__(self, name: str) -> Any: ...
 

@@ -108,7 +108,7 @@ class Pacer:
     def __init__(self, budget: Budget, spent_seconds: float = 0.0, total: int = 0, replanned: bool = False) -> None:
         self.budget = budget
         self.started = time.perf_counter() - spent_seconds
-        self.total = total or budget.max_steps
+        self.total = budget.max_steps or total
         self.replanned = replanned or bool(budget.max_steps)
         self.mark: tuple[int, float] | None = None
 

@@ -16,6 +16,7 @@ from headrace.config import EngineConfig
 from headrace.params import SamplingParams
 
 ENGINE = ["--device", "cpu", "--kv-cache-gib", "0.1", "--max-num-batched-tokens", "128"]
+SCORED = {"prompt_logprobs": 0}
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -29,7 +30,11 @@ def test_completions_go_to_a_file_in_the_order_of_the_prompts(
     records = [
         {"id": "a", "prompt": "def add(a, b):\n", "kind": "kept"},
         {"id": "b", "prompt": "import os\n", "params": {"max_tokens": 3, "n": 2}},
-        {"id": "c", "prompt_token_ids": [5, 6, 7], "params": {"detokenize": False, "logprobs": 1, "prompt_logprobs": 0}},
+        {
+            "id": "c",
+            "prompt_token_ids": [5, 6, 7],
+            "params": {"detokenize": False, "logprobs": 1, "prompt_logprobs": 0},
+        },
     ]
     source, target = write_jsonl(tmp_path / "in.jsonl", *records), tmp_path / "made" / "out.jsonl"
     status = main(
@@ -111,5 +116,5 @@ def test_help_names_every_option_without_loading_torch() -> None:
                 if spec.name in ("logit_bias", "n", "logprobs", "prompt_logprobs", "detokenize", "skip_tokenizer_init"):
                     continue
                 assert "--" + spec.name.replace("_", "-") in shown
-    probe = "import sys, headrace.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", probe], check=True)
+        probe = f"import sys, headrace.commands.{command}; assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", probe], check=True)
