@@ -131,7 +131,7 @@ def _line(job: Job, output: RequestOutput) -> dict[str, Any]:
 
 def _logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[int, float] | None]:
     """Token id to log-probability at each position; the first prompt token has none."""
-    return [position and {token: entry.logprob for token, entry in position.items()} for position in positions]
+    return [p if p is None else {token: entry.logprob for token, entry in p.items()} for p in positions]
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

@@ -1,14 +1,16 @@
 """What every compiled CPU kernel shares: numba decorators, the thread count, and a float32 exp that vectorises.
 
-The OpenMP layer is chosen before numba's first parallel call: after a parallel call of torch a kernel starts in 6
-microseconds under it, and in 70 under `workqueue` (two cores), which is also unsafe when several Python threads call
-kernels at once. A process that forks after a kernel ran must `exec`.
+The OpenMP layer is chosen before numba's first parallel call: a kernel starts in 6 microseconds under it, and in 70
+under `workqueue` (two cores), which is also unsafe when several Python threads call kernels at once. A process that
+forks after a kernel ran must `exec`.
 
 exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) by a polynomial that interpolates at Chebyshev nodes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import math
 import os
 import sys
@@ -21,9 +23,29 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+log = logging.getLogger("headrace")
+
+
+def _choose_layer() -> tuple[str | None, int]:
+    """numba's threading layer (None: leave its choice) and the most threads that make sense under it.
+
+    The OpenMP layer asks for the system's libgomp by its full file name, and minimal systems lack it: torch's own
+    copy has another name. One thread is then faster than two under `workqueue`.
+    """
+    if sys.platform != "linux" or "NUMBA_THREADING_LAYER" in os.environ:
+        return None, 2**30
+    try:
+        ctypes.CDLL("libgomp.so.1.0.0")
+    except OSError:
+        log.warning("libgomp is not installed, so attention and the draw run on one thread: apt install libgomp1")
+        return "workqueue", 1
+    return "omp", 2**30
+
+
 _config: Any = numba.config  # its attributes are made at run time
-if sys.platform == "linux" and "NUMBA_THREADING_LAYER" not in os.environ:
-    _config.THREADING_LAYER = "omp"
+_LAYER, _MOST_THREADS = _choose_layer()
+if _LAYER is not None:
+    _config.THREADING_LAYER = _LAYER
 
 # Sums may be reordered into vector lanes and multiply-adds fused. NaN, infinities and the sign of zero keep their
 # meaning: a kernel has to see a NaN that the model produced.
@@ -52,7 +74,7 @@ def use_torch_threads(limit: int | None = None) -> int:
     no other.
     """
     wanted = torch.get_num_threads()
-    threads: int = min(wanted, _config.NUMBA_NUM_THREADS, limit or wanted)
+    threads: int = min(wanted, _config.NUMBA_NUM_THREADS, _MOST_THREADS, limit or wanted)
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
     if torch.get_num_threads() != wanted:  # starting numba's OpenMP pool overwrites torch's setting

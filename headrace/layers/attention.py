@@ -6,12 +6,12 @@ are kept, is the step's business. Letters: R rows, E model width, H query heads,
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.kernels.rms_norm import rms_norm
+from headrace.kernels.rotary import rotate_
 from headrace.layers.linear import Linear
 from headrace.layers.placement import Placement
-from headrace.layers.rotary import rotate_
 from headrace.step import LayerState, StepContext
 
 
@@ -63,8 +63,8 @@ class Attention(nn.Module):
         rows, turned = x_RE.shape[0], self.heads + self.kv_heads
         qkv_RND = self.qkv(x_RE).view(rows, turned + self.kv_heads, self.head_dim)
         qk_RND, v_RKD = qkv_RND.split((turned, self.kv_heads), 1)
-        if self.qk_norm is not None:
-            qk_RND = F.rms_norm(qk_RND, (self.head_dim,), None, self.qk_norm_eps).mul_(self.qk_norm)
+        if self.qk_norm is not None and self.qk_norm_eps is not None:
+            qk_RND = rms_norm(qk_RND, self.qk_norm, self.qk_norm_eps)
         rotate_(qk_RND, cos_R1D, sin_R1D)
         q_RHD, k_RKD = qk_RND.split((self.heads, self.kv_heads), 1)
         out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale)

@@ -5,9 +5,9 @@ Letters: R rows, E model width, F feed-forward width.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.linear import Linear
 from headrace.layers.placement import Placement
 
@@ -22,8 +22,7 @@ class GatedMLP(nn.Module):
 
     def add_to(self, residual_RE: Tensor, x_RE: Tensor) -> None:
         """residual += mlp(x), in place."""
-        gate_RF, up_RF = self.gate_up(x_RE).chunk(2, -1)
-        self.down.add_to(residual_RE, F.silu(gate_RF, inplace=True).mul_(up_RF))
+        self.down.add_to(residual_RE, silu_mul(self.gate_up(x_RE)))
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headrace.kernels.rotary import rotate_
 from headrace.layers.placement import Placement
+
+__all__ = ["SCALINGS", "RopeConfig", "Rotary", "inverse_frequencies", "rotate_"]
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
@@ -153,10 +156,3 @@ class Rotary(nn.Module):
         cos_RD = self.cos_PD.index_select(0, pos_R).to(self.dtype)
         sin_RD = self.sin_PD.index_select(0, pos_R).to(self.dtype)
         return torch.cat((cos_RD, cos_RD), -1)[:, None], torch.cat((-sin_RD, sin_RD), -1)[:, None]
-
-
-def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
-    """Turn all heads of each row in place: x * cos + (second half, first half) * signed sin."""
-    first, second = x_RND.chunk(2, -1)
-    swapped_RND = torch.cat((second, first), -1)
-    x_RND.mul_(cos_R1D).addcmul_(swapped_RND, sin_R1D)

@@ -7,6 +7,7 @@ the same request alone, greedy and sampled. The model is float64, where a differ
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,9 +86,15 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, events: Counter[s
         spare_pages=st.sampled_from([0, 0, 2, 1000]),
         seats=st.sampled_from([1, 3, 8, 8]),
         caching=st.booleans() | st.just(True),
+        tight=st.booleans(),
     )
-    def run(arrivals: Any, budget: int, page_size: int, spare_pages: int, seats: int, caching: bool) -> None:
+    def run(
+        arrivals: Any, budget: int, page_size: int, spare_pages: int, seats: int, caching: bool, tight: bool
+    ) -> None:
         longest = 80
+        if tight:  # all at once, to the end, with room for one: pages run out
+            arrivals = [(0, prompt[-4:], replace(p, max_tokens=30), None) for _, prompt, p, _ in arrivals]
+            spare_pages, seats = 0, 8
         engine = make_engine(
             scheduler=scheduler,
             max_num_batched_tokens=budget,

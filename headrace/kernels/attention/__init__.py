@@ -29,7 +29,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Prepare one step of one group of layers; all layers of the group use the result.
 
-    The plan reads the tables as they are now: make it after the rows are built and the pages are in the table.
+    Make it after the rows are built and the pages are in the table, and use it until the commit: what depends on a
+    layer's window is read from the tables when the first such layer runs.
 
     Args:
         rows: the rows of the step.

@@ -1,6 +1,6 @@
 """Time of `attend` on the CPU against gathering all pages, padded to the longest request, and torch's fused attention.
 
-Decode: requests with one row each, contexts from a quarter of the longest to the longest. Prefill: one chunk of a
+Decode: requests with one row each, contexts from a sixteenth of the longest to the longest. Prefill: one chunk of a
 prompt behind committed slots. Several layers' pools take turns, as in a model, so that the caches do not hold them.
 Both forms get masks and gather indices made beforehand, as a step makes them once for all its layers.
 """
@@ -112,7 +112,7 @@ def benchmark(
 
     `seconds` is the time spent on each case.
     """
-    work = [("decode", torch.linspace(longest // 4, longest, b).long().sub(1).tolist(), 1) for b, longest in decode]
+    work = [("decode", torch.linspace(longest // 16, longest, b).long().sub(1).tolist(), 1) for b, longest in decode]
     work = [
         (name, [longest - 1] if len(n) == 1 else n, 1) for (name, n, _), (_, longest) in zip(work, decode, strict=True)
     ]

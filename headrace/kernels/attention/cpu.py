@@ -19,16 +19,21 @@ from torch import Tensor
 
 from headrace.kernels.attention import reference
 from headrace.kernels.attention.cpu_kernel import BLOCK_ROWS, CHUNK_SLOTS, TILE_SLOTS, attend_narrow, write_rows
-from headrace.kernels.attention.reference import AttentionRows, Span
+from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.cpu_runtime import use_torch_threads
 
-WIDE_FROM = 9
-"""Rows from which a request is gathered and given to torch. Two cores, H 6, K 2, D 64, float32, kernel against torch:
-8 rows 0.76 to 0.87 ms over 1024 slots and 3.4 to 3.9 ms over 4096 (four requests), 12 rows 1.14 to 1.00 and 5.2 to 4.3.
+WIDE_FROM = 10
+"""Rows from which a request is gathered and given to torch.
+
+Kernel against torch in ms, 8 requests, two cores, H 6, K 2, D 64, float32: 8 rows over 128 slots 0.22 to 0.23, over 256
+slots 0.40 to 0.42; 12 rows 0.32 to 0.26 and 0.57 to 0.51.
 """
-WIDE_FROM_SHORT = 24
-"""The same for a request of at most `SHORT_SLOTS` slots, where gathering costs more than computing."""
-SHORT_SLOTS = 128
+MAX_GROUP_SCORES = 2**19
+"""Rows times slots of the wide requests that go to torch together: beyond it the calls no longer cost more."""
+MAX_PADDING = 1.3
+"""Padded size of such a group over the sizes of its requests."""
+ITEM_SLOTS = 24
+"""Slots that cost as much as starting and finishing an item."""
 NOWHERE = 2**40
 """A slot behind all slots."""
 
@@ -57,22 +62,69 @@ class _Narrow(NamedTuple):
     """By (heads, Dv, type): room for partial results; layers run one after the other and share it."""
 
 
-class _Wide(NamedTuple):
-    """One request whose pages are gathered, under one window."""
+class _Wide:
+    """Some requests whose pages are gathered and padded to one shape, under one window.
 
-    rows: slice
-    pages: Tensor
-    slots: slice
-    """The slots in question, within the gathered pages."""
-    seen_rm: Tensor
-    bias: dict[torch.dtype, Tensor | None]
-    """By type: 0 where a row sees a slot and -inf elsewhere; None where all see all."""
-    causal: bool
-    """Row i sees slots 0 to i and there are no others."""
-    stale_m1: Tensor | None
-    """Slots that no row sees, if any."""
-    blind_r: Tensor | None
-    """Rows that see nothing, if any."""
+    Letters here: B requests of the group, r rows, m slots. Padding rows repeat the last row of their request; padding
+    slots are seen by no row.
+    """
+
+    def __init__(
+        self, rows_Br: np.ndarray, counts: list[int], pages_BP: np.ndarray, m: int, sees_Br4: np.ndarray
+    ) -> None:
+        self.shape = rows_Br.shape
+        self.counts, self.m = counts, m
+        self.pages = torch.from_numpy(pages_BP.reshape(-1))
+        self.firsts: list[int] = rows_Br[:, 0].tolist()
+        together = np.array_equal(rows_Br.reshape(-1), np.arange(rows_Br.size) + rows_Br[0, 0])
+        self.rows: Tensor | None = None if together else torch.from_numpy(rows_Br.reshape(-1))
+        real_X = (np.arange(rows_Br.shape[1]) < np.array(counts)[:, None]).reshape(-1)
+        self.real: Tensor | None = None if real_X.all() else torch.from_numpy(np.flatnonzero(real_X))
+        self._sees_Br4 = sees_Br4
+        covered_B = [_covered(sees_r4, m) for sees_r4 in sees_Br4]
+        self.stale_B1m1 = None
+        if not all(covered.all() for covered in covered_B):
+            self.stale_B1m1 = torch.from_numpy(~np.stack(covered_B))[:, None, :, None]
+        # Row i sees slots 0 to i, and there are no others.
+        lo_r, hi_r, lo2_r, hi2_r = sees_Br4[0].T
+        alone = np.where(hi_r > lo_r, (lo_r == 0) & ((hi2_r <= lo2_r) | (lo2_r == hi_r)), lo2_r == 0)
+        end_r = np.maximum(hi_r, np.where(hi2_r > lo2_r, hi2_r, 0))
+        self.causal = self.shape == (1, m) and bool((alone & (end_r == np.arange(1, m + 1))).all())
+        self._bias: dict[torch.dtype, Tensor | None] = {}
+
+    def is_whole(self, n_rows: int) -> bool:
+        """Whether the group is all rows of the step, in their order."""
+        return self.rows is None and self.shape[0] * self.shape[1] == n_rows
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """0 where a row sees a slot and -inf elsewhere, [B, 1, r, m]; None if torch needs no mask."""
+        if self.causal:
+            return None
+        if dtype not in self._bias:
+            bias_Brm = np.full((*self.shape, self.m), -np.inf, np.float64 if dtype == torch.float64 else np.float32)
+            for row_m, (lo, hi, lo2, hi2) in zip(
+                bias_Brm.reshape(-1, self.m), self._sees_Br4.reshape(-1, 4).tolist(), strict=True
+            ):
+                row_m[lo:hi] = 0
+                row_m[lo2:hi2] = 0
+            self._bias[dtype] = torch.from_numpy(bias_Brm)[:, None].to(dtype) if bias_Brm.any() else None
+        return self._bias[dtype]
+
+    def seen(self, i: int) -> Tensor:
+        """The mask of request i without its padding rows, bool [r, m]."""
+        s_m = np.arange(self.m)
+        lo_r1, hi_r1, lo2_r1, hi2_r1 = self._sees_Br4[i, : self.counts[i]].T[..., None]
+        return torch.from_numpy(((s_m >= lo_r1) & (s_m < hi_r1)) | ((s_m >= lo2_r1) & (s_m < hi2_r1)))
+
+
+def _covered(sees_r4: np.ndarray, m: int) -> np.ndarray:
+    """Which of m slots some row sees."""
+    edges_m1 = np.zeros(m + 1, np.int64)
+    for lo_r, hi_r in (sees_r4[:, :2].T, sees_r4[:, 2:].T):
+        mine_r = hi_r > lo_r
+        np.add.at(edges_m1, lo_r[mine_r], 1)
+        np.add.at(edges_m1, hi_r[mine_r], -1)
+    return np.cumsum(edges_m1[:m]) > 0
 
 
 class _Work(NamedTuple):
@@ -90,26 +142,40 @@ class CpuPlan:
         kv_len_B: Tensor,
         page_size: int,
         lens: Sequence[tuple[int, int, int]],
-        wide_from: int | None,
+        wide_from: int,
     ) -> None:
         self.rows, self.page_size = rows, page_size
         self.page_table_BP, self.kv_len_B = page_table_BP, kv_len_B
         self.table_BP: np.ndarray = page_table_BP.contiguous().numpy()
         self.first_B, self.count_B, self.visible_B = np.array(lens, np.int64).reshape(-1, 3).T
         self.visible_B = np.clip(self.visible_B, 0, page_table_BP.shape[1] * page_size)
-        if wide_from is None:
-            self.is_wide_B = self.count_B >= np.where(self.visible_B <= SHORT_SLOTS, WIDE_FROM_SHORT, WIDE_FROM)
-        else:
-            self.is_wide_B = self.count_B >= wide_from
+        self.is_wide_B = self.count_B >= wide_from
         self.has_loose_rows = int(self.count_B.sum()) != rows.req_R.shape[0]
         self._work: dict[int, _Work] = {}
 
     def work(self, window: int) -> _Work:
         """The work of a layer with this window."""
         if window not in self._work:
-            wide = [self._wide(int(index), window) for index in np.flatnonzero(self.is_wide_B)]
-            self._work[window] = _Work(None if self.is_wide_B.all() else self._narrow(window), wide)
+            sees_R5 = self._sees(window)
+            narrow = None if self.is_wide_B.all() else self._narrow(sees_R5)
+            self._work[window] = _Work(narrow, [self._wide(group, sees_R5) for group in self._groups()])
         return self._work[window]
+
+    def _groups(self) -> list[list[int]]:
+        """Wide requests that go to torch together: of similar size, and small enough that calls cost more than work."""
+        size = {int(i): (int(self.count_B[i]), int(self.visible_B[i])) for i in np.flatnonzero(self.is_wide_B)}
+        groups: list[list[int]] = []
+        used = rows = slots = 0
+        for i in sorted(size, key=lambda i: size[i][::-1]):
+            count, visible = size[i]
+            rows, slots, used = max(rows, count), max(slots, visible), used + count * visible
+            padded = (len(groups[-1]) + 1) * rows * slots if groups else 0
+            if groups and padded <= MAX_GROUP_SCORES and padded <= MAX_PADDING * used:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+                rows, slots, used = count, visible, count * visible
+        return [sorted(group) for group in groups]
 
     def _sees(self, window: int) -> np.ndarray:
         """Slots that each row sees: int32 [R, 5], see `_Narrow`."""
@@ -130,9 +196,8 @@ class CpuPlan:
         sees_R5[:, 4] = np.minimum(n_R + c_R, limit_R)
         return sees_R5
 
-    def _narrow(self, window: int) -> _Narrow:
+    def _narrow(self, sees_R5: np.ndarray) -> _Narrow:
         """Cut the rows of narrow requests into blocks, and what a block sees into chunks."""
-        sees_R5 = self._sees(window)
         lo_RI, hi_RI = sees_R5[:, 1::2].astype(np.int64), sees_R5[:, 2::2].astype(np.int64)
         empty_RI = hi_RI <= lo_RI
         begin_R = np.append(np.where(empty_RI, np.int64(NOWHERE), lo_RI).min(1), 0)
@@ -168,29 +233,26 @@ class CpuPlan:
         joins_X4 = np.array(joins, np.int64).reshape(-1, 4)
         return _Narrow(sees_R5, items_N5, joins_X4, int(n_parts_N.sum()), {}, {})
 
-    def _wide(self, index: int, window: int) -> _Wide:
-        """What a wide request gathers, and its mask."""
-        span = Span(int(self.first_B[index]), int(self.count_B[index]), int(self.visible_B[index]))
-        rows = slice(span.first, span.first + span.rows)
-        page, end = 0, span.visible
-        if window > 0 and end > 0:
-            low = int(self.rows.t_R[rows].min()) - window + 1
-            page = min(max(low, 0), end - 1) // self.page_size
-        begin = page * self.page_size
-        pages = self.page_table_BP[int(self.rows.reqs_B[index]), page : -(-end // self.page_size)]
-        seen_rm = reference.visible_slots(self.rows, index, span, self.kv_len_B, window, range(begin, end))
-        stale_m1, blind_r = ~seen_rm.any(0)[:, None], ~seen_rm.any(1)
-        causal = span.rows == end and not begin and torch.equal(seen_rm, torch.ones_like(seen_rm).tril())
-        return _Wide(
-            rows=rows,
-            pages=pages.contiguous(),
-            slots=slice(0, end - begin),
-            seen_rm=seen_rm,
-            bias={},
-            causal=causal,
-            stale_m1=stale_m1 if bool(stale_m1.any()) else None,
-            blind_r=blind_r if bool(blind_r.any()) else None,
-        )
+    def _wide(self, group: list[int], sees_R5: np.ndarray) -> _Wide:
+        """What a group of wide requests gathers, and its masks, from the first page that a row of it sees."""
+        counts = [int(self.count_B[i]) for i in group]
+        last_B1 = np.array([[self.first_B[i] + self.count_B[i] - 1] for i in group])
+        rows_Br = np.minimum(self.first_B[group][:, None] + np.arange(max(counts)), last_B1)
+        sees_Br4 = sees_R5[rows_Br, 1:].astype(np.int64)
+        lo_B, hi_B = sees_Br4[..., ::2].reshape(len(group), -1), sees_Br4[..., 1::2].reshape(len(group), -1)
+        seen_B = hi_B > lo_B
+        page_B = np.where(seen_B, lo_B, NOWHERE).min(1) // self.page_size
+        end_B = np.where(seen_B, hi_B, 0).max(1)
+        page_B = np.minimum(page_B, end_B // self.page_size)
+        begin_B = page_B * self.page_size
+        m = max(int((end_B - begin_B).max()), 1)
+        reqs_B = self.rows.reqs_B.numpy()
+        pages_BP = np.zeros((len(group), -(-m // self.page_size)), np.int64)
+        for pages_P, i, page, end in zip(pages_BP, group, page_B, end_B, strict=True):
+            mine_P = self.table_BP[reqs_B[i], page : -(-end // self.page_size)]
+            pages_P[: len(mine_P)] = mine_P
+        sees_Br4 = np.clip(sees_Br4 - begin_B[:, None, None], 0, m)
+        return _Wide(rows_Br, counts, pages_BP, m, sees_Br4)
 
 
 def plan_attention(
@@ -199,13 +261,12 @@ def plan_attention(
     kv_len_B: Tensor,
     page_size: int,
     lens: Sequence[tuple[int, int, int]] | None = None,
-    wide_from: int | None = None,
+    wide_from: int = WIDE_FROM,
 ) -> CpuPlan:
     """The plan of a step.
 
-    Requests with `wide_from` rows or more are gathered and given to torch, all others are left to the kernel. None is
-    the fastest choice by measurement; a number larger than any request makes every row's bits a function of its
-    request alone, whatever else is in the step and however a prompt is cut.
+    Requests with `wide_from` rows or more are gathered and given to torch, all others are left to the kernel. With a
+    number larger than any request, every row's bits are a function of its request alone, however a prompt is cut.
     """
     found = reference.find_spans(rows, kv_len_B) if lens is None else lens
     return CpuPlan(rows, page_table_BP, kv_len_B, page_size, found, wide_from)
@@ -237,6 +298,9 @@ def attend(
     work = plan.work(window)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (q_RHD.shape[0], q_RHD.shape[1], v_pool_KPSD.shape[3])
+    plain = softcap == 0 and sinks_H is None and not need_lse
+    if plain and work.narrow is None and len(work.wide) == 1 and work.wide[0].is_whole(shape[0]):
+        return _fused(q_RHD, k_pool_KPSD, v_pool_KPSD, work.wide[0], scale).reshape(shape), None
     out_RHD = torch.zeros(shape, dtype=kind) if plan.has_loose_rows else torch.empty(shape, dtype=kind)
     lse_RH = torch.full(shape[:2], float("-inf"), dtype=kind) if need_lse else None
     if sinks_H is not None:
@@ -293,7 +357,7 @@ def _run_narrow(
 
 def _share_out(items_N5: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
     """Where the share of each thread begins, by visited slots, counted by item and key/value head."""
-    cost_N = (items_N5[:, 3] - items_N5[:, 2]) * items_N5[:, 1] + 8
+    cost_N = (items_N5[:, 3] - items_N5[:, 2]) * items_N5[:, 1] + ITEM_SLOTS
     cost_U1 = np.append(0, np.cumsum(np.repeat(cost_N, kv_heads)))
     return np.searchsorted(cost_U1, cost_U1[-1] * np.arange(threads + 1) // threads)
 
@@ -304,6 +368,38 @@ def _head_stride(pool_KPSD: Tensor) -> int:
     if pool_KPSD.stride()[1:] != (slots * size, size, 1) and not pool_KPSD[0].is_contiguous():
         raise ValueError(f"pool strides are {pool_KPSD.stride()}: all but the first must be those of [P, S, D]")
     return pool_KPSD.stride(0)
+
+
+def _gather(q_RHD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, work: _Wide) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, r, H, D] of a group, and its keys and values [B, K, m, D]."""
+    requests, count = work.shape
+    first = work.firsts[0]
+    q_XHD = q_RHD[first : first + requests * count] if work.rows is None else q_RHD.index_select(0, work.rows)
+    k_BKmD, v_BKmD = (
+        pool.index_select(1, work.pages)
+        .view(pool.shape[0], requests, -1, pool.shape[3])[:, :, : work.m]
+        .transpose(0, 1)
+        for pool in (k_pool_KPSD, v_pool_KPSD)
+    )
+    return q_XHD.view(requests, count, *q_RHD.shape[1:]), k_BKmD, v_BKmD
+
+
+def _fused(q_RHD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, work: _Wide, scale: float) -> Tensor:
+    """Outputs [B, r, H, Dv] of a group by torch's fused attention. A row that sees nothing gets zeros from torch."""
+    q_BrHD, k_BKmD, v_BKmD = _gather(q_RHD, k_pool_KPSD, v_pool_KPSD, work)
+    if work.stale_B1m1 is not None:
+        # What no row sees may be NaN, and 0 * NaN is NaN.
+        k_BKmD.masked_fill_(work.stale_B1m1, 0.0)
+        v_BKmD.masked_fill_(work.stale_B1m1, 0.0)
+    return F.scaled_dot_product_attention(
+        q_BrHD.transpose(1, 2),
+        k_BKmD,
+        v_BKmD,
+        attn_mask=work.bias(q_RHD.dtype),
+        is_causal=work.causal,
+        scale=scale,
+        enable_gqa=True,
+    ).transpose(1, 2)
 
 
 def _run_wide(
@@ -317,37 +413,27 @@ def _run_wide(
     out_RHD: Tensor,
     lse_RH: Tensor | None,
 ) -> None:
-    q_rHD = q_RHD[work.rows]
-    k_KmD, v_KmD = (
-        pool.index_select(1, work.pages).flatten(1, 2)[:, work.slots] for pool in (k_pool_KPSD, v_pool_KPSD)
-    )
     if softcap > 0 or sinks_H is not None or lse_RH is not None:
-        out_rHD, lse_rH = reference.attend_dense(
-            q_rHD, k_KmD, v_KmD, work.seen_rm, scale=scale, softcap=softcap, sinks_H=sinks_H
-        )
-        out_RHD[work.rows] = out_rHD
-        if lse_RH is not None:
-            lse_RH[work.rows] = lse_rH
+        # Fused attention has neither of them.
+        q_BrHD, k_BKmD, v_BKmD = _gather(q_RHD, k_pool_KPSD, v_pool_KPSD, work)
+        for i, (first, count) in enumerate(zip(work.firsts, work.counts, strict=True)):
+            out_rHD, lse_rH = reference.attend_dense(
+                q_BrHD[i, :count], k_BKmD[i], v_BKmD[i], work.seen(i), scale=scale, softcap=softcap, sinks_H=sinks_H
+            )
+            out_RHD[first : first + count] = out_rHD
+            if lse_RH is not None:
+                lse_RH[first : first + count] = lse_rH
         return
-    if work.stale_m1 is not None:
-        # What no row sees may be NaN, and 0 * NaN is NaN.
-        k_KmD.masked_fill_(work.stale_m1, 0.0)
-        v_KmD.masked_fill_(work.stale_m1, 0.0)
-    if not work.causal and q_RHD.dtype not in work.bias:
-        bias_rm = torch.zeros(work.seen_rm.shape, dtype=q_RHD.dtype).masked_fill_(~work.seen_rm, float("-inf"))
-        work.bias[q_RHD.dtype] = None if bool(work.seen_rm.all()) else bias_rm
-    out_1HrD = F.scaled_dot_product_attention(
-        q_rHD.transpose(0, 1)[None],
-        k_KmD[None],
-        v_KmD[None],
-        attn_mask=None if work.causal else work.bias[q_RHD.dtype],
-        is_causal=work.causal,
-        scale=scale,
-        enable_gqa=True,
-    )
-    out_RHD[work.rows] = out_1HrD[0].transpose(0, 1)
-    if work.blind_r is not None:
-        out_RHD[work.rows].masked_fill_(work.blind_r[:, None, None], 0.0)
+    out_BrHD = _fused(q_RHD, k_pool_KPSD, v_pool_KPSD, work, scale)
+    if work.rows is None:
+        first = work.firsts[0]
+        out_RHD[first : first + out_BrHD.shape[0] * out_BrHD.shape[1]].view(out_BrHD.shape).copy_(out_BrHD)
+        return
+    out_XHD = out_BrHD.flatten(0, 1).to(out_RHD.dtype)
+    if work.real is None:
+        out_RHD.index_copy_(0, work.rows, out_XHD)
+    else:
+        out_RHD.index_copy_(0, work.rows[work.real], out_XHD.index_select(0, work.real))
 
 
 def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tensor) -> None:

@@ -27,6 +27,11 @@ TILE_SLOTS = 64
 """Slots whose keys and values stay in the first cache while all query heads of an item read them."""
 BLOCK_ROWS = 8
 """Rows of one request that an item serves together."""
+AHEAD_SLOTS = 16
+"""How far memory is asked for before it is read. Pages lie anywhere, so the processor cannot guess the next one: 0.325
+against 0.375 ms for 64 requests of 16 to 256 slots (H 6, K 2, D 64, float32, two cores); 0.335 with 24, 0.35 with 32.
+"""
+CACHE_LINE_BYTES = 64
 
 _TANH = tuple(np.float32(x) for x in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 _TANH_SERIES_BELOW = np.float32(0.3)
@@ -49,6 +54,28 @@ _pointer: Any = intrinsic(_emit_pointer)
 def _vector(address: Any, offset: Any, size: Any, like: Any) -> Any:
     """`size` elements from `offset` on. Indices into a view are known not to be negative: without that, no vectors."""
     return carray(_pointer(address + offset * like.itemsize, like), (size,))
+
+
+def _emit_prefetch(typing_context: Any, address: Any) -> Any:
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        call = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        # for reading, to be kept in all caches, data
+        builder.call(call, [builder.inttoptr(args[0], byte), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), code
+
+
+_prefetch_line: Any = intrinsic(_emit_prefetch)
+"""Ask for the cache line of an address; compiled only."""
+
+
+@njit_serial()
+def _prefetch(address: Any, n_bytes: Any) -> None:
+    for line in range(0, n_bytes, CACHE_LINE_BYTES):
+        _prefetch_line(address + line)
 
 
 def _widen(x: Any) -> Any:
@@ -97,7 +124,10 @@ def _compile_tanh(x: Any) -> Any:
 
 @njit_serial()
 def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, place: Any) -> Any:
-    """Physical slots that a row sees among [begin, end), padded to a multiple of 4 by repeating the first."""
+    """Physical slots that a row sees among [begin, end), padded to a multiple of 4 by repeating the first.
+
+    Then the list begins again, for `AHEAD_SLOTS` entries.
+    """
     n = 0
     for i in range(1, 5, 2):
         slot, last = max(sees[i], begin), min(sees[i + 1], end)
@@ -110,20 +140,28 @@ def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, pla
                 place[n + j] = first + j
             n += run
             slot += run
-    for j in range(n, (n + 3) // 4 * 4):
+    padded = (n + 3) // 4 * 4
+    for j in range(n, padded):
         place[j] = place[0]
+    for j in range(AHEAD_SLOTS):
+        place[padded + j] = place[j]
     return n
 
 
 @njit_serial(fastmath=FAST_SUMS)
-def _score(q_GD: Any, keys: Any, like: Any, place: Any, n: Any, s_GT: Any) -> None:
+def _score(q_GD: Any, keys: Any, values: Any, v_bytes: Any, like: Any, place: Any, n: Any, s_GT: Any) -> None:
     """s[g, j] = q_g k_j, for all query heads of a key head while its keys pass by.
 
-    Four slots at a time, so that q is loaded once for them.
+    Four slots at a time, so that q is loaded once for them. When the keys end, the first values are asked for.
     """
     size = q_GD.shape[1]
     zero = s_GT.dtype.type(0)
     for j in range(0, n, 4):
+        for ahead in range(j + AHEAD_SLOTS, j + AHEAD_SLOTS + 4):
+            if ahead < n:
+                _prefetch(keys + place[ahead] * size * like.itemsize, size * like.itemsize)
+            else:
+                _prefetch(values + place[ahead] * v_bytes, v_bytes)
         k0, k1 = _vector(keys, place[j] * size, size, like), _vector(keys, place[j + 1] * size, size, like)
         k2, k3 = _vector(keys, place[j + 2] * size, size, like), _vector(keys, place[j + 3] * size, size, like)
         for g in range(len(q_GD)):
@@ -176,6 +214,8 @@ def _add_values(p_GT: Any, values: Any, like: Any, place: Any, n: Any, acc_GD: A
     """acc[g] += sum_j p[g, j] v_j, four slots at a time so that acc is loaded and stored once for them."""
     size = acc_GD.shape[1]
     for j in range(0, n, 4):
+        for ahead in range(j + AHEAD_SLOTS, min(j + AHEAD_SLOTS + 4, n)):
+            _prefetch(values + place[ahead] * size * like.itemsize, size * like.itemsize)
         v0, v1 = _vector(values, place[j] * size, size, like), _vector(values, place[j + 1] * size, size, like)
         v2, v3 = _vector(values, place[j + 2] * size, size, like), _vector(values, place[j + 3] * size, size, like)
         for g in range(len(acc_GD)):
@@ -199,7 +239,7 @@ def _attend_tile(
 ) -> None:
     """Join the listed slots into the running softmax: state = (largest score, sum of exponentials)."""
     padded = (n + 3) // 4 * 4
-    _score(q_GD, keys, like, place, padded, s_GT)
+    _score(q_GD, keys, values, acc_GD.shape[1] * like.itemsize, like, place, padded, s_GT)
     for g in range(len(q_GD)):
         s, state = s_GT[g], state_G2[g]
         if softcap > 0:
@@ -319,7 +359,7 @@ def attend_narrow(
         acc_XD = np.empty((BLOCK_ROWS * group, v_size), acc_like.dtype)
         state_X2 = np.empty((BLOCK_ROWS * group, 2), acc_like.dtype)
         s_GT = np.empty((group, TILE_SLOTS), acc_like.dtype)
-        place = np.empty(TILE_SLOTS, np.int64)
+        place = np.empty(TILE_SLOTS + AHEAD_SLOTS, np.int64)
         for unit in range(bounds_T1[t], bounds_T1[t + 1]):
             _attend_item(
                 items_N5[unit // kv_heads], unit % kv_heads, io, shape, like, scale, softcap, sees_R5, table_BP,

@@ -1,0 +1,38 @@
+"""The operation `rms_norm`: y = w * round(x / sqrt(mean(x^2) + eps)) over the last axis (arXiv 1910.07467).
+
+The weight is applied after rounding to the type of x, as in transformers. A row's bits depend on that row alone.
+Letters: R rows, N heads, E width of what is normalised.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.kernels.rms_norm.cpu import TYPES, rms_norm_cpu
+from headrace.kernels.rms_norm.reference import rms_norm_reference
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """Normalise every row. float32 and bfloat16 on the CPU run the compiled form, everything else the reference.
+
+    Args:
+        x_RE: [..., E], any strides; left as it is.
+        weight_E: [E], or [N, E] for x [..., N, E]: one weight a head.
+        eps: added to the mean square.
+
+    Returns:
+        A new contiguous tensor of the shape of x.
+
+    Raises:
+        ValueError: the weight's shape is not that of the last one or two axes of x.
+    """
+    axes = weight_E.dim()
+    if not 1 <= axes <= 2 or x_RE.shape[-axes:] != weight_E.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight_E.shape)}; its axes must be the last one or two of x {tuple(x_RE.shape)}"
+        )
+    if x_RE.is_cpu and x_RE.dtype in TYPES and weight_E.dtype is x_RE.dtype:
+        return rms_norm_cpu(x_RE, weight_E, eps)
+    return rms_norm_reference(x_RE, weight_E, eps)

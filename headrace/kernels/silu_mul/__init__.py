@@ -1,0 +1,32 @@
+"""The operation `silu_mul`: out = silu(gate) * up on gate and up side by side (arXiv 2002.05202).
+
+Letters: R rows, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.kernels.silu_mul.cpu import TYPES, silu_mul_cpu
+from headrace.kernels.silu_mul.reference import silu_mul_reference
+
+__all__ = ["silu_mul"]
+
+
+def silu_mul(gate_up_R2F: Tensor) -> Tensor:
+    """silu(gate) * up. float32 and bfloat16 on the CPU run the compiled form, everything else the reference.
+
+    Args:
+        gate_up_R2F: [R, 2F], in each row F gates and then F ups; any strides; left as it is.
+
+    Returns:
+        A new tensor [R, F].
+
+    Raises:
+        ValueError: not a matrix with an even number of columns.
+    """
+    if gate_up_R2F.dim() != 2 or gate_up_R2F.shape[1] % 2:
+        raise ValueError(f"gate and up have shape {tuple(gate_up_R2F.shape)}; silu_mul takes [rows, 2 * width]")
+    if gate_up_R2F.is_cpu and gate_up_R2F.dtype in TYPES:
+        return silu_mul_cpu(gate_up_R2F)
+    return silu_mul_reference(gate_up_R2F)
