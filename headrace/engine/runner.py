@@ -147,10 +147,12 @@ class Runner:
         outs = self._outs(granted, rows)
         context = _Context(self, rows, lens)
         self._tick(clock)
-        hidden_RE = self.model(rows.tok, context)
+        # In a step of plain decoding every row is wanted, and in this order.
+        wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
+        hidden_ME = self.model(rows.tok, context, wanted_M)
         self._tick(clock)
-        raw_BV = self.model.logits(hidden_RE.index_select(0, outs.row[: outs.n_draw])).float()
-        given = self._score(granted, outs, hidden_RE)
+        raw_BV = self.model.logits(hidden_ME[: outs.n_draw]).float()
+        given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
         drawn = self._draw(granted, rows, outs, raw_BV)
         self._tick(clock)
@@ -207,8 +209,8 @@ class Runner:
         t_out_B = outs.t_out[: outs.n_draw]
         return draw(logits_BV, params, table.stream[reqs_B], t_out_B, raw_MV=raw_BV)
 
-    def _score(self, granted: Sequence[Granted], outs: OutTable, hidden_RE: Tensor) -> dict[int, TopLogprobs]:
-        """Log-probs of given tokens, by request of the step."""
+    def _score(self, granted: Sequence[Granted], outs: OutTable, hidden_SE: Tensor) -> dict[int, TopLogprobs]:
+        """Log-probs of given tokens, by request of the step; hidden states of the scored rows only."""
         given: dict[int, TopLogprobs] = {}
         start = 0
         for i, (request, size) in enumerate(granted):
@@ -220,8 +222,7 @@ class Runner:
             parts = []
             for low in range(start, start + count, SCORE_CHUNK):
                 high = min(low + SCORE_CHUNK, start + count)
-                row_m = outs.row[outs.n_draw + low : outs.n_draw + high]
-                logits_mV = self.model.logits(hidden_RE.index_select(0, row_m)).float()
+                logits_mV = self.model.logits(hidden_SE[low:high]).float()
                 parts.append(gather_logprobs(logits_mV, outs.target[low:high], request.params.prompt_logprobs))
             given[i] = TopLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
             start += count

@@ -58,8 +58,8 @@ class Attention(nn.Module):
         kind = "window" if self.window else "paged"
         return LayerState(kind, self.kv_heads, self.head_dim, self.head_dim, self.window)
 
-    def add_to(self, residual_RE: Tensor, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> None:
-        """residual += attention(x), in place."""
+    def mix(self, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> Tensor:
+        """What the heads bring for each row, side by side: the input of `out`."""
         rows, turned = x_RE.shape[0], self.heads + self.kv_heads
         qkv_RND = self.qkv(x_RE).view(rows, turned + self.kv_heads, self.head_dim)
         qk_RND, v_RKD = qkv_RND.split((turned, self.kv_heads), 1)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         rotate_(qk_RND, cos_R1D, sin_R1D)
         q_RHD, k_RKD = qk_RND.split((self.heads, self.kv_heads), 1)
         out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale)
-        self.out.add_to(residual_RE, out_RHD.reshape(rows, self.heads * self.head_dim))
+        return out_RHD.reshape(rows, self.heads * self.head_dim)
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""

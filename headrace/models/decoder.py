@@ -32,10 +32,16 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
 
-    def forward(self, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> None:
-        """Advance the residual stream x in place."""
-        self.attention.add_to(x_RE, self.attention_norm(x_RE), cos_R1D, sin_R1D, ctx)
+    def forward(
+        self, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext, wanted_M: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after this layer; x is overwritten. With `wanted_M` only those rows of it."""
+        mixed = self.attention.mix(self.attention_norm(x_RE), cos_R1D, sin_R1D, ctx)
+        if wanted_M is not None:
+            x_RE, mixed = x_RE.index_select(0, wanted_M), mixed.index_select(0, wanted_M)
+        self.attention.out.add_to(x_RE, mixed)
         self.mlp.add_to(x_RE, self.mlp_norm(x_RE))
+        return x_RE
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""
@@ -77,12 +83,16 @@ class DecoderLM(CausalLM):
         """One paged or window state a layer."""
         return [block.attention.state for block in self._blocks()]
 
-    def forward(self, tok_R: Tensor, ctx: StepContext) -> Tensor:
-        """Hidden states [R, E] after the final norm."""
+    def forward(self, tok_R: Tensor, ctx: StepContext, wanted_M: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, [R, E] or [M, E].
+
+        Of the rows that are not wanted the last layer computes keys and values and nothing else: nobody reads more.
+        """
         x_RE = F.embedding(tok_R, self.embed_VE)
         cos_R1D, sin_R1D = self.rotary(ctx.pos_AR[0])
-        for block in self.blocks:
-            block(x_RE, cos_R1D, sin_R1D, ctx)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            x_RE = block(x_RE, cos_R1D, sin_R1D, ctx, wanted_M if layer == last else None)
         return self.norm(x_RE)
 
     def logits(self, hidden_ME: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def raw_logits(tokens: list[int]) -> torch.Tensor:
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-        def __call__(self, tok: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-            return model(tok, ctx)
+        def __call__(self, tok: torch.Tensor, ctx: StepContext, wanted: torch.Tensor | None = None) -> torch.Tensor:
+            return model(tok, ctx, wanted)
 
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
             captured.append(model.logits(hidden))
@@ -179,9 +179,9 @@ def test_nan_logits_end_their_request_with_a_typed_error_and_no_other() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-        def __call__(self, tok: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-            hidden = model(tok, ctx)
-            return torch.where((tok == 60)[:, None], torch.nan, hidden)
+        def __call__(self, tok: torch.Tensor, ctx: StepContext, wanted: torch.Tensor | None = None) -> torch.Tensor:
+            hidden = torch.where((tok == 60)[:, None], torch.nan, model(tok, ctx))
+            return hidden if wanted is None else hidden[wanted]
 
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
             return model.logits(hidden)

@@ -188,20 +188,28 @@ def test_how_a_sequence_is_cut_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_types(tmp_path: Path) -> None:
-    """float64 gives float64 logits; half types give float32 logits, no further off than those of transformers."""
-    theirs = reference("llama", tmp_path)
+    """float64 gives float64 logits; half types give float32 logits, no further off than those of transformers.
+
+    The error of one set of weights is mostly chance, so the mean over several is compared.
+    """
     sequences = prompts(131, 10)
-    exact = dense_logits(load_model(tmp_path, device="cpu", dtype="float64"), sequences)[0]
-    assert exact.dtype == torch.float64
-    assert distance(exact, reference_logits(theirs, sequences[0]).double()) < BOUND
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = load_model(tmp_path, device="cpu", dtype=dtype)
-        assert model.embed_VE.dtype == dtype
-        logits = dense_logits(model, sequences)[0]
-        assert logits.dtype == torch.float32
-        error = distance(reference_logits(theirs.to(dtype), sequences[0]).double(), exact)
-        assert distance(logits.double(), exact) < 1.5 * error
-    assert load_model(tmp_path, device="cpu", dtype="bfloat16").embed_VE.dtype == torch.bfloat16
+    errors: dict[torch.dtype, list[tuple[float, float]]] = {}
+    for seed in range(4):
+        directory = tmp_path / str(seed)
+        theirs = reference("llama", directory, seed=seed)
+        exact = dense_logits(load_model(directory, device="cpu", dtype="float64"), sequences)[0]
+        assert exact.dtype == torch.float64
+        assert distance(exact, reference_logits(theirs, sequences[0]).double()) < BOUND
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = load_model(directory, device="cpu", dtype=dtype)
+            assert model.embed_VE.dtype == dtype
+            logits = dense_logits(model, sequences)[0]
+            assert logits.dtype == torch.float32
+            peer = distance(reference_logits(theirs.to(dtype), sequences[0]).double(), exact)
+            errors.setdefault(dtype, []).append((distance(logits.double(), exact), peer))
+    for pairs in errors.values():
+        ours, peers = zip(*pairs, strict=True)
+        assert sum(ours) < 1.5 * sum(peers)
 
 
 def test_layer_states(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The operation `rms_norm`: y = w * round(x / sqrt(mean(x^2) + eps)) over the last axis (arXiv 1910.07467).
+"""The operation `rms_norm`: y = x / sqrt(mean(x^2) + eps) * w over the last axis (arXiv 1910.07467).
 
-The weight is applied after rounding to the type of x, as in transformers. A row's bits depend on that row alone.
+A result is rounded to the type of x once. A row's bits depend on that row alone.
 Letters: R rows, N heads, E width of what is normalised.
 """
 

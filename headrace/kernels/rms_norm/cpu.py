@@ -17,7 +17,7 @@ from headrace.kernels.rms_norm.cpu_elements import TYPES, apart, narrow, shares_
 __all__ = ["TYPES", "rms_norm_cpu"]
 
 # Below this many elements a second thread costs more to wake than it saves.
-_SERIAL_BELOW = 32_768
+_SERIAL_BELOW = 49_152
 
 _F1 = np.float32(1.0)
 
@@ -38,7 +38,7 @@ def _norm_rows(first: Any, last: Any, io: Any, shape: Any, eps: Any, like: Any) 
                 total += widen(x_E[i]) * widen(x_E[i])
             scale = _F1 / np.sqrt(total / np.float32(width) + np.float32(eps))
             for i in range(width):
-                y_E[i] = narrow(widen(narrow(widen(x_E[i]) * scale, like)) * widen(weight_E[i]), like)
+                y_E[i] = narrow(widen(x_E[i]) * scale * widen(weight_E[i]), like)
 
 
 @njit_parallel()

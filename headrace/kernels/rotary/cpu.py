@@ -16,7 +16,7 @@ from headrace.kernels.rms_norm.cpu_elements import TYPES, apart, narrow, shares_
 __all__ = ["TYPES", "rotate_cpu_"]
 
 # Below this many elements a second thread costs more to wake than it saves.
-_SERIAL_BELOW = 32_768
+_SERIAL_BELOW = 49_152
 
 
 @njit_serial(fastmath={"contract"})

@@ -18,7 +18,7 @@ from headrace.kernels.rms_norm.cpu_elements import TYPES, apart, narrow, shares_
 __all__ = ["TYPES", "silu_mul_cpu"]
 
 # Below this many results a second thread costs more to wake than it saves.
-_SERIAL_BELOW = 16_384
+_SERIAL_BELOW = 49_152
 
 _F0, _F1 = np.float32(0.0), np.float32(1.0)
 
