@@ -16,7 +16,7 @@ RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 endif
 
-DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 96 --seed 1 --compare
+DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 64 --seed 1 --compare
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"

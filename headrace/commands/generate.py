@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not jobs:
         raise RequestError("there is nothing to complete: name a JSONL file or give --prompt")
     started_s = time.perf_counter()
+    print("loading the model; on a CPU the very first run also compiles kernels, up to half a minute", file=sys.stderr)
     config = read_options(arguments, EngineConfig, skip=("seed",))
     llm = LLM(**dataclasses.asdict(config))
     print(f"model ready in {time.perf_counter() - started_s:.1f} s", file=sys.stderr)

@@ -84,6 +84,7 @@ class Engine:
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         self.runner = Runner(model, self.cache, self.table, decoder, self.processors, most_rows, self.device)
+        self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
         if config.max_num_batched_tokens is None:

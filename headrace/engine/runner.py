@@ -266,8 +266,19 @@ class Runner:
             setattr(times, name, getattr(times, name) + end - start)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run every kernel once over ghost rows: the first request must not wait for compilers."""
+        for n_rows in {1, min(16, self.max_rows)}:
+            self.time_step(n_rows, repeats=0)
+        index = torch.full((1,), self.table.ghost, dtype=torch.int64, device=self.device)
+        logits_MV = torch.zeros(1, self.model.config.vocab_size, device=self.device)
+        neutral = torch.ones(1, device=self.device)
+        params = DrawParams(neutral, self.table.top_k[index], neutral, self.table.min_p[index])
+        draw(logits_MV, params, self.table.stream[index], self.table.n_tok[index])
+
+    @torch.inference_mode()
     def time_step(self, n_rows: int, repeats: int = 2) -> float:
-        """Seconds of one pass over `n_rows` ghost rows and one output row, the best of some tries."""
+        """Seconds of one pass over `n_rows` ghost rows and one output row: the best of 1 + `repeats` tries."""
         rows = self.rows.first(n_rows, 1)
         ghost = self.table.ghost
         for column, value in ((rows.tok, 0), (rows.req, ghost), (rows.t, 0), (rows.pos, 0), (rows.dst, 0)):

@@ -293,3 +293,11 @@ def test_a_prefix_hit_skips_work_and_changes_nothing() -> None:
 def test_eos_is_a_token_like_any_other_when_ignored() -> None:
     request = generate(temperature=0.0, max_tokens=4, logit_bias={EOS: 1000.0})
     assert request.output_ids == [EOS] * 4
+
+
+def test_warming_up_leaves_no_trace() -> None:
+    engine = make_engine()
+    for name in ("n_tok", "n_done", "finish"):
+        assert not getattr(engine.table, name).any()
+    assert engine.runner.times.steps == 0
+    engine.check_idle()
