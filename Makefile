@@ -61,7 +61,7 @@ docs: $(DEVELOPMENT)
 test-all: lint
 	@mkdir -p $(dir $(TEST_ALL_OUTPUT))
 	@set -o pipefail; { date -u "+make test-all, %Y-%m-%d" && $(PY) -c $(MACHINE) && \
-	    $(PY) -m pytest -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
+	    HYPOTHESIS_PROFILE=searching $(PY) -m pytest -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
 
 test-gpu: $(DEVELOPMENT)
 	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs $(PYTEST_ARGS)

@@ -87,7 +87,13 @@ class CacheManager:
             shape = (len(group.layers), group.state.kv_heads, n_pages, page_size)
             self._k_LKPSD.append(torch.empty(*shape, group.state.head_dim, dtype=dtype, device=device))
             self._v_LKPSD.append(torch.empty(*shape, group.state.v_head_dim, dtype=dtype, device=device))
-        self._place = {layer: (g, i) for g, group in enumerate(self.groups) for i, layer in enumerate(group.layers)}
+        self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        # One view a layer, made once: slicing the pools in every layer of every step would cost more than the look-up.
+        self._views = {
+            layer: (self._k_LKPSD[g][i], self._v_LKPSD[g][i])
+            for g, group in enumerate(self.groups)
+            for i, layer in enumerate(group.layers)
+        }
         most = -(-max_len // page_size)
         self._table = Mirror((len(self.groups), max_reqs + 1, most), torch.int32, device, TRASH, axis=1)
         self.hit_tokens = 0
@@ -100,12 +106,11 @@ class CacheManager:
 
     def group_of(self, layer: int) -> int:
         """Group of a layer."""
-        return self._place[layer][0]
+        return self._group_of[layer]
 
     def layer_pools(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys [K, P, S, D] and values [K, P, S, Dv] of one layer."""
-        group, i = self._place[layer]
-        return self._k_LKPSD[group][i], self._v_LKPSD[group][i]
+        return self._views[layer]
 
     @property
     def available(self) -> tuple[int, ...]:
@@ -157,15 +162,17 @@ class CacheManager:
                 pages.append(page)
 
     def publish(self, request: Request) -> int:
-        """Offer the request's whole committed units to others. Returns the slots that are read-only now."""
+        """Offer the request's newly whole units to others. Returns the slots that are read-only now, 0 if no more."""
         if not self.prefix_caching:
             return 0
         whole = request.n_done // self.page_size
+        if whole <= request.published:
+            return 0
         self.index.extend_keys(request.unit_keys, request.tokens)
         for k in range(request.published, whole):
             unit = request.tokens[k * self.page_size : (k + 1) * self.page_size]
             self.index.publish(request.unit_keys[k], unit, tuple(pages[k] for pages in request.pages))
-        request.published = max(request.published, whole)
+        request.published = whole
         return request.published * self.page_size
 
     def release(self, request: Request) -> None:

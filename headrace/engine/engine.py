@@ -27,6 +27,7 @@ from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
 from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
 from headrace.sampling.logprobs import TopLogprobs
+from headrace.sampling.processors import LogitProcessor
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
 from headrace.tables import MAX_STOP_IDS, RequestTable
 
@@ -68,7 +69,7 @@ class Engine:
         self.scheduler = SCHEDULERS[config.scheduler].make()
         decoder: Decoder = DECODERS[config.decoder].make()
         self.decoder = decoder
-        self.processors = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
+        self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
         self.table = RequestTable(config.max_num_seqs, self.max_model_len, len(groups), self.device)
         self.cache = CacheManager(
             groups,
@@ -83,7 +84,7 @@ class Engine:
         )
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        self.runner = Runner(model, self.cache, self.table, decoder, self.processors, most_rows, self.device)
+        self.runner = Runner(model, self.cache, self.table, decoder, most_rows, self.device)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -93,6 +94,7 @@ class Engine:
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}
+        self._processors: dict[int, list[LogitProcessor]] = {}
         self._waiting: list[Request] = []
         self._by_id: dict[str, list[Request]] = {}
         self._arrivals = 0
@@ -178,7 +180,7 @@ class Engine:
             return []
         self.table.flush()
         self.cache.flush()
-        report = self.runner.execute(granted)
+        report = self.runner.execute(granted, self._processor_rows(granted))
         changed = self._collect(granted, report)
         if self.config.check_invariants:
             self.audit()
@@ -240,14 +242,22 @@ class Engine:
             self._running[request.arrival] = request
             self.cache.admit(request, request.index)
             self.table.admit(request, request.index)
-            for processor in self.processors:
-                if processor.wants(request.params):
-                    processor.admit(request)
+            self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
+            for processor in self._processors[request.index]:
+                processor.admit(request)
         granted = [Granted(self._running[key], rows) for key, rows in schedule.grants.items()]
         for request, rows in granted:
             self.cache.reserve(request, rows)
             self.stats.chunks += rows < request.pending
         return granted
+
+    def _processor_rows(self, granted: Sequence[Granted]) -> list[tuple[LogitProcessor, list[int]]]:
+        """Each processor that is wanted in this step with its rows, in the order of registration."""
+        active = [self._processors[request.index] for request, _ in granted]
+        if not any(active):
+            return []
+        rows = [(p, [i for i, wanted in enumerate(active) if p in wanted]) for p in self.processors]
+        return [(processor, picked) for processor, picked in rows if picked]
 
     def _collect(self, granted: Sequence[Granted], report: StepReport) -> list[Request]:
         """Append what was committed, publish whole pages, end what has ended."""
@@ -270,10 +280,9 @@ class Engine:
                 request.token_logprobs.append(report.logprob[i])
             if i in report.top:
                 request.top_logprobs.extend(_positions(report.top[i], request.tokens, request.n_tok - 1))
-            for processor in self.processors:
-                if processor.wants(request.params):
-                    for token in new:
-                        processor.observe(request.index, token)
+            for processor in self._processors[request.index]:
+                for token in new:
+                    processor.observe(request.index, token)
             read_only = self.cache.publish(request)
             if read_only:
                 self.table.set_read_only(request.index, read_only)
@@ -323,9 +332,8 @@ class Engine:
         """Give back pages, data and index."""
         self.cache.release(request)
         self.table.release(request.index)
-        for processor in self.processors:
-            if processor.wants(request.params):
-                processor.release(request.index)
+        for processor in self._processors.pop(request.index):
+            processor.release(request.index)
         del self._running[request.arrival]
         self._free_indices.append(request.index)
         request.index = -1

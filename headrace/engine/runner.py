@@ -18,7 +18,7 @@ from headrace.cache.manager import CacheManager
 from headrace.decoding.base import Decoder
 from headrace.engine.commit import Committed, apply_commit
 from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
-from headrace.kernels.draw import DrawParams, draw
+from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.models.base import CausalLM
 from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
@@ -131,7 +131,6 @@ class Runner:
     cache: CacheManager
     table: RequestTable
     decoder: Decoder
-    processors: Sequence[LogitProcessor]
     max_rows: int
     device: torch.device
     times: StepTimes = field(default_factory=StepTimes)
@@ -140,8 +139,13 @@ class Runner:
         self.rows = RowTable.allocate(self.max_rows, self.table.ghost, self.table.ghost, 1, self.device)
 
     @torch.inference_mode()
-    def execute(self, granted: Sequence[Granted]) -> StepReport:
-        """Run one step over the granted rows and commit what came of it."""
+    def execute(
+        self, granted: Sequence[Granted], processors: Sequence[tuple[LogitProcessor, list[int]]] = ()
+    ) -> StepReport:
+        """Run one step over the granted rows and commit what came of it.
+
+        `processors` change the logits of the given requests of the step before the draw.
+        """
         clock = [time.perf_counter()]
         rows, grant_B, lens = self._build(granted)
         outs = self._outs(granted, rows)
@@ -154,7 +158,7 @@ class Runner:
         raw_BV = self.model.logits(hidden_ME[: outs.n_draw]).float()
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
-        drawn = self._draw(granted, rows, outs, raw_BV)
+        drawn = self._draw(granted, rows, outs, raw_BV, processors)
         self._tick(clock)
         commit = self.decoder.resolve(self.table, rows, outs, drawn.id_M, grant_B)
         committed = apply_commit(self.table, rows, commit)
@@ -195,15 +199,18 @@ class Runner:
         target = torch.tensor(targets, dtype=torch.int64, device=self.device)
         return OutTable(row=row_M, t_out=rows.t[row_M] + 1, n_draw=len(granted), target=target)
 
-    def _draw(self, granted: Sequence[Granted], rows: RowTable, outs: OutTable, raw_BV: Tensor):  # type: ignore[no-untyped-def]
+    def _draw(
+        self,
+        granted: Sequence[Granted],
+        rows: RowTable,
+        outs: OutTable,
+        raw_BV: Tensor,
+        processors: Sequence[tuple[LogitProcessor, list[int]]],
+    ) -> Drawn:
         reqs_B = rows.reqs.long()
-        logits_BV = raw_BV
-        for processor in self.processors:
-            picked = [i for i, (request, _) in enumerate(granted) if processor.wants(request.params)]
-            if picked:
-                if logits_BV is raw_BV:
-                    logits_BV = raw_BV.clone()
-                processor.apply(logits_BV, picked, [granted[i].request.index for i in picked])
+        logits_BV = raw_BV.clone() if processors else raw_BV
+        for processor, picked in processors:
+            processor.apply(logits_BV, picked, [granted[i].request.index for i in picked])
         table = self.table
         params = DrawParams(table.temperature[reqs_B], table.top_k[reqs_B], table.top_p[reqs_B], table.min_p[reqs_B])
         t_out_B = outs.t_out[: outs.n_draw]

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,9 @@ _LAYER, _MOST_THREADS = _choose_layer()
 if _LAYER is not None:
     _config.THREADING_LAYER = _LAYER
 
+# What this module last told numba, by Python thread: asking numba costs ten times as much as remembering.
+_given = threading.local()
+
 # Sums may be reordered into vector lanes and multiply-adds fused. NaN, infinities and the sign of zero keep their
 # meaning: a kernel has to see a NaN that the model produced.
 FAST_SUMS = {"reassoc", "contract", "nsz"}
@@ -75,8 +79,10 @@ def use_torch_threads(limit: int | None = None) -> int:
     """
     wanted = torch.get_num_threads()
     threads: int = min(wanted, _config.NUMBA_NUM_THREADS, _MOST_THREADS, limit or wanted)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
+    if getattr(_given, "threads", 0) == threads:
+        return threads
+    numba.set_num_threads(threads)
+    _given.threads = threads
     if torch.get_num_threads() != wanted:  # starting numba's OpenMP pool overwrites torch's setting
         torch.set_num_threads(wanted)
     return threads

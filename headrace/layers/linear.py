@@ -27,7 +27,7 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: Sequence[int], *, bias: bool, place: Placement) -> None:
         super().__init__()
         self.outputs = tuple(outputs)
-        self.weight = place.empty(sum(outputs), inputs)
+        self.weight = place.matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class GatedMLP(nn.Module):
 
     def add_to(self, residual_RE: Tensor, x_RE: Tensor) -> None:
         """residual += mlp(x), in place."""
-        self.down.add_to(residual_RE, silu_mul(self.gate_up(x_RE)))
+        self.down.add_to(residual_RE, silu_mul(self.gate_up.forward(x_RE)))
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""

@@ -343,6 +343,8 @@ def fill_random(model: CausalLM, seed: int) -> None:
             values = torch.ones_like(target)
         else:
             generator = torch.Generator(device=target.device).manual_seed((seed * 1_000_003 + index) % 2**63)
-            values = torch.empty_like(target, dtype=torch.float32).normal_(0.0, STD, generator=generator)
+            # Filled in the order of a contiguous tensor, whatever the parameter's layout.
+            values = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+            values.normal_(0.0, STD, generator=generator)
         for view in views:
             view.copy_(values)

@@ -36,11 +36,12 @@ class Block(nn.Module):
         self, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext, wanted_M: Tensor | None = None
     ) -> Tensor:
         """The residual stream after this layer; x is overwritten. With `wanted_M` only those rows of it."""
-        mixed = self.attention.mix(self.attention_norm(x_RE), cos_R1D, sin_R1D, ctx)
+        # `forward` by name: calling a module looks for hooks first, which costs more than a norm at small widths.
+        mixed = self.attention.mix(self.attention_norm.forward(x_RE), cos_R1D, sin_R1D, ctx)
         if wanted_M is not None:
             x_RE, mixed = x_RE.index_select(0, wanted_M), mixed.index_select(0, wanted_M)
         self.attention.out.add_to(x_RE, mixed)
-        self.mlp.add_to(x_RE, self.mlp_norm(x_RE))
+        self.mlp.add_to(x_RE, self.mlp_norm.forward(x_RE))
         return x_RE
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
@@ -90,9 +91,9 @@ class DecoderLM(CausalLM):
         """
         x_RE = F.embedding(tok_R, self.embed_VE)
         cos_R1D, sin_R1D = self.rotary(ctx.pos_AR[0])
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            x_RE = block(x_RE, cos_R1D, sin_R1D, ctx, wanted_M if layer == last else None)
+        blocks = self._blocks()
+        for block in blocks:
+            x_RE = block.forward(x_RE, cos_R1D, sin_R1D, ctx, wanted_M if block is blocks[-1] else None)
         return self.norm(x_RE)
 
     def logits(self, hidden_ME: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_float32_tokens_differ_only_at_near_ties(llm: LLM, events: Counter[str])
     """Batched, chunked and with famine against alone; each difference must be a near-tie, and is counted."""
     events.update({"equal": 0, "chunk": 0, "famine": 0, "hit": 0})
     near_ties = 0
-    small = LLM(device="cpu", num_pages=60, max_model_len=128, max_num_batched_tokens=24, page_size=4)
+    small = LLM(device="cpu", num_pages=44, max_model_len=128, max_num_batched_tokens=24, page_size=4)
     assert llm.tokenizer is not None
     text = "".join(PROMPTS) * 2
     ids = llm.tokenizer.encode(text)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from headrace.kernels import cpu_elements
 from headrace.kernels.rms_norm import cpu as norm_form
-from headrace.kernels.rms_norm import cpu_elements, rms_norm
+from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rms_norm.reference import rms_norm_reference
 from headrace.kernels.rotary import cpu as rotary_form
 from headrace.kernels.rotary import rotate_

@@ -10,8 +10,8 @@ from typing import Any
 import numba
 from torch import Tensor
 
+from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import njit_parallel, njit_serial
-from headrace.kernels.rms_norm.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
 
 __all__ = ["TYPES", "rotate_cpu_"]
 

@@ -12,8 +12,8 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import exp_f32, njit_parallel, njit_serial
-from headrace.kernels.rms_norm.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
 
 __all__ = ["TYPES", "silu_mul_cpu"]
 
