@@ -314,7 +314,7 @@ def compare_forms(case: Case, events: Counter[str]) -> None:
         out, lse = cpu.attend(*_tables(case), **case.options, plan=plan)
         assert lse is None
         compare(case, (out, got[1]), expected, tolerance)
-        count_events(events, case, int(plan.is_wide_B.sum()))
+        count_events(events, case, int((plan.count_B >= plan.wide_from).sum()))
         for group in plan.work(case.options["window"]).wide:
             events["groups"] += group.shape[0] > 1
             events["padded groups"] += group.real is not None

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention import reference
-from headrace.kernels.attention.cpu_kernel import BLOCK_ROWS, CHUNK_SLOTS, TILE_SLOTS, attend_narrow, write_rows
+from headrace.kernels.attention.cpu_kernel import attend_narrow, write_rows
+from headrace.kernels.attention.cpu_work import list_items, list_seen, share_out
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.cpu_runtime import use_torch_threads
 
@@ -32,8 +33,6 @@ MAX_GROUP_SCORES = 2**19
 """Rows times slots of the wide requests that go to torch together: beyond it the calls no longer cost more."""
 MAX_PADDING = 1.3
 """Padded size of such a group over the sizes of its requests."""
-ITEM_SLOTS = 24
-"""Slots that cost as much as starting and finishing an item."""
 NOWHERE = 2**40
 """A slot behind all slots."""
 
@@ -147,23 +146,31 @@ class CpuPlan:
         self.rows, self.page_size = rows, page_size
         self.page_table_BP, self.kv_len_B = page_table_BP, kv_len_B
         self.table_BP: np.ndarray = page_table_BP.contiguous().numpy()
-        self.first_B, self.count_B, self.visible_B = np.array(lens, np.int64).reshape(-1, 3).T
-        self.visible_B = np.clip(self.visible_B, 0, page_table_BP.shape[1] * page_size)
-        self.is_wide_B = self.count_B >= wide_from
+        self.lens_B3 = np.array(lens, np.int64).reshape(-1, 3)
+        np.clip(self.lens_B3[:, 2], 0, page_table_BP.shape[1] * page_size, out=self.lens_B3[:, 2])
+        self.first_B, self.count_B, self.visible_B = self.lens_B3.T
+        self.wide_from = wide_from
+        self.has_narrow = bool(((self.count_B > 0) & (self.count_B < wide_from)).any())
         self.has_loose_rows = int(self.count_B.sum()) != rows.req_R.shape[0]
         self._work: dict[int, _Work] = {}
 
     def work(self, window: int) -> _Work:
         """The work of a layer with this window."""
         if window not in self._work:
-            sees_R5 = self._sees(window)
-            narrow = None if self.is_wide_B.all() else self._narrow(sees_R5)
+            rows = tuple(x.numpy() for x in self.rows)
+            sees_R5 = list_seen(rows, self.lens_B3, self.kv_len_B.numpy(), window)
+            narrow = None
+            if self.has_narrow:
+                narrow = _Narrow(sees_R5, *list_items(sees_R5, self.lens_B3, self.wide_from), {}, {})
             self._work[window] = _Work(narrow, [self._wide(group, sees_R5) for group in self._groups()])
         return self._work[window]
 
     def _groups(self) -> list[list[int]]:
         """Wide requests that go to torch together: of similar size, and small enough that calls cost more than work."""
-        size = {int(i): (int(self.count_B[i]), int(self.visible_B[i])) for i in np.flatnonzero(self.is_wide_B)}
+        size = {
+            int(i): (int(self.count_B[i]), int(self.visible_B[i]))
+            for i in np.flatnonzero(self.count_B >= self.wide_from)
+        }
         groups: list[list[int]] = []
         used = rows = slots = 0
         for i in sorted(size, key=lambda i: size[i][::-1]):
@@ -176,62 +183,6 @@ class CpuPlan:
                 groups.append([i])
                 rows, slots, used = count, visible, count * visible
         return [sorted(group) for group in groups]
-
-    def _sees(self, window: int) -> np.ndarray:
-        """Slots that each row sees: int32 [R, 5], see `_Narrow`."""
-        req_R, t_R, a_R, b_R, c_R, _, reqs_B = (x.numpy() for x in self.rows)
-        count_B = self.count_B
-        entry = np.repeat(np.arange(len(count_B)), count_B)
-        row = np.arange(len(entry)) + np.repeat(self.first_B - (np.cumsum(count_B) - count_B), count_B)
-        limit_R = np.zeros(len(req_R), np.int64)
-        limit_R[row] = np.where(req_R[row] == reqs_B[entry], self.visible_B[entry], 0)
-        n_R = self.kv_len_B.numpy()[req_R].astype(np.int64)
-        low_R = np.maximum(t_R.astype(np.int64) - window + 1, 0) if window > 0 else np.zeros_like(limit_R)
-        end_R = np.clip(n_R + a_R, 0, limit_R)
-        sees_R5 = np.empty((len(req_R), 5), np.int32)
-        sees_R5[:, 0] = req_R
-        sees_R5[:, 1] = low_R
-        sees_R5[:, 2] = end_R
-        sees_R5[:, 3] = np.maximum(np.maximum(n_R + b_R, low_R), end_R)
-        sees_R5[:, 4] = np.minimum(n_R + c_R, limit_R)
-        return sees_R5
-
-    def _narrow(self, sees_R5: np.ndarray) -> _Narrow:
-        """Cut the rows of narrow requests into blocks, and what a block sees into chunks."""
-        lo_RI, hi_RI = sees_R5[:, 1::2].astype(np.int64), sees_R5[:, 2::2].astype(np.int64)
-        empty_RI = hi_RI <= lo_RI
-        begin_R = np.append(np.where(empty_RI, np.int64(NOWHERE), lo_RI).min(1), 0)
-        end_R = np.append(np.where(empty_RI, 0, hi_RI).max(1), 0)
-
-        mine_B = ~self.is_wide_B & (self.count_B > 0)
-        n_blocks_B = -(-self.count_B[mine_B] // BLOCK_ROWS)
-        skip_N = (np.arange(n_blocks_B.sum()) - np.repeat(np.cumsum(n_blocks_B) - n_blocks_B, n_blocks_B)) * BLOCK_ROWS
-        first_N = np.repeat(self.first_B[mine_B], n_blocks_B) + skip_N
-        count_N = np.minimum(np.repeat(self.count_B[mine_B], n_blocks_B) - skip_N, BLOCK_ROWS)
-        ranges = np.stack([first_N, first_N + count_N], 1).ravel()
-        end_N = np.maximum.reduceat(end_R, ranges)[::2]
-        begin_N = np.minimum(np.minimum.reduceat(begin_R, ranges)[::2], end_N)
-        begin_N -= begin_N % TILE_SLOTS
-        chunk_N = begin_N // CHUNK_SLOTS
-        n_chunks_N = np.maximum(-(-end_N // CHUNK_SLOTS) - chunk_N, 1)
-        n_parts_N = np.where(n_chunks_N > 1, n_chunks_N * count_N, 0)
-        first_part_N = np.cumsum(n_parts_N) - n_parts_N
-
-        block = np.repeat(np.arange(len(first_N)), n_chunks_N)
-        i = np.arange(len(block)) - np.repeat(np.cumsum(n_chunks_N) - n_chunks_N, n_chunks_N)
-        items_N5 = np.empty((len(block), 5), np.int64)
-        items_N5[:, 0] = first_N[block]
-        items_N5[:, 1] = count_N[block]
-        items_N5[:, 2] = np.maximum((chunk_N[block] + i) * CHUNK_SLOTS, begin_N[block])
-        items_N5[:, 3] = np.minimum((chunk_N[block] + i + 1) * CHUNK_SLOTS, end_N[block])
-        items_N5[:, 4] = np.where(n_chunks_N[block] > 1, first_part_N[block] + i * count_N[block], -1)
-        joins = [
-            (first_N[b] + r, first_part_N[b] + r, n_chunks_N[b], count_N[b])
-            for b in np.flatnonzero(n_chunks_N > 1)
-            for r in range(count_N[b])
-        ]
-        joins_X4 = np.array(joins, np.int64).reshape(-1, 4)
-        return _Narrow(sees_R5, items_N5, joins_X4, int(n_parts_N.sum()), {}, {})
 
     def _wide(self, group: list[int], sees_R5: np.ndarray) -> _Wide:
         """What a group of wide requests gathers, and its masks, from the first page that a row of it sees."""
@@ -332,7 +283,7 @@ def _run_narrow(
     threads = use_torch_threads()
     bounds_T1 = work.bounds.get((kv_heads, threads))
     if bounds_T1 is None:
-        bounds_T1 = work.bounds[kv_heads, threads] = _share_out(work.items_N5, kv_heads, threads)
+        bounds_T1 = work.bounds[kv_heads, threads] = share_out(work.items_N5, kv_heads, threads)
     parts = work.parts.get((heads, v_size, acc_like.dtype))
     if parts is None:
         room = work.n_parts * heads
@@ -353,13 +304,6 @@ def _run_narrow(
     attend_narrow(
         io, shape, like, acc_like, scale, softcap, work.sees_R5, plan.table_BP, work.items_N5, work.joins_X4, bounds_T1
     )
-
-
-def _share_out(items_N5: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
-    """Where the share of each thread begins, by visited slots, counted by item and key/value head."""
-    cost_N = (items_N5[:, 3] - items_N5[:, 2]) * items_N5[:, 1] + ITEM_SLOTS
-    cost_U1 = np.append(0, np.cumsum(np.repeat(cost_N, kv_heads)))
-    return np.searchsorted(cost_U1, cost_U1[-1] * np.arange(threads + 1) // threads)
 
 
 def _head_stride(pool_KPSD: Tensor) -> int:
