@@ -29,6 +29,9 @@ ORDERS: dict[str, Callable[[Work], tuple[int, int]]] = {
     "by prompt": lambda work: (len(work.prompt_ids), work.output_tokens),
 }
 
+FINALISTS = 3
+"""Settings of the peer that run twice before one is chosen."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
@@ -57,18 +60,22 @@ def run(arguments: argparse.Namespace) -> int:
     _progress("warming up")
     run_headrace(llm, works[:8])
     peer.run(works[:8], 8, "by output")
-    tried = {}
+    tried: dict[tuple[str, int], float] = {}
     for order in ORDERS:
         for size in arguments.batch_sizes:
             _progress(f"transformers, batches of {size}, sorted {order}")
-            tried[size, order] = peer.run(works, size, order)
+            tried[order, size] = peer.run(works, size, order)
+    # One run decides little on a shared machine: the fastest settings run again, and the better time counts.
+    for order, size in sorted(tried, key=lambda key: tried[key])[:FINALISTS]:
+        _progress(f"transformers again, batches of {size}, sorted {order}")
+        tried[order, size] = min(tried[order, size], peer.run(works, size, order))
     best = min(tried, key=lambda key: tried[key])
     llm.engine.runner.times = type(llm.engine.runner.times)()
     ours, theirs = [], []
     for i in range(arguments.repeats):
         _progress(f"pair {i + 1} of {arguments.repeats}")
         ours.append(run_headrace(llm, works))
-        theirs.append(peer.run(works, *best))
+        theirs.append(peer.run(works, best[1], best[0]))
     ratio = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
     rows = [
         {
@@ -78,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         },
         {
             "engine": f"transformers {peer.version}",
-            "setting": f"batch {best[0]}, sorted {best[1]}",
+            "setting": f"batch {best[1]}, sorted {best[0]}",
             **_figures(theirs, wanted),
         },
     ]
@@ -90,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"model {Path(arguments.model).name}\n\n{table(rows)}\n\n"
         f"headrace / transformers, median of {arguments.repeats} pairs: **{ratio:.2f}x**\n\n"
         "Share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + "\n\n"
-        "Every setting tried for transformers (one run each):\n\n"
-        + table([{"batch": s, "sorted": o.removeprefix("by "), "tok/s": wanted / t} for (s, o), t in tried.items()])
+        "Every setting tried for transformers (one run each, the fastest twice):\n\n"
+        + table([{"batch": s, "sorted": o.removeprefix("by "), "tok/s": wanted / t} for (o, s), t in tried.items()])
     )
     print(text)
     if arguments.markdown:

@@ -161,7 +161,8 @@ class CpuPlan:
             sees_R5 = list_seen(rows, self.lens_B3, self.kv_len_B.numpy(), window)
             narrow = None
             if self.has_narrow:
-                narrow = _Narrow(sees_R5, *list_items(sees_R5, self.lens_B3, self.wide_from), {}, {})
+                items_N5, joins_X4, n_parts = list_items(sees_R5, self.lens_B3, self.wide_from)
+                narrow = _Narrow(sees_R5, items_N5, joins_X4, n_parts, {}, {})
             self._work[window] = _Work(narrow, [self._wide(group, sees_R5) for group in self._groups()])
         return self._work[window]
 
