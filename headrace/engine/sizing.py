@@ -15,7 +15,7 @@ from headrace.errors import CapacityError, ConfigError
 log = logging.getLogger("headrace")
 
 GIB = 2**30
-KNEE_SHARE = 0.9
+KNEE_SHARE = 0.95
 """The knee: the fewest rows that reach this share of the best measured rows per second."""
 SLOWEST_STEP_S = 0.25
 """Larger steps are not even measured: streams would stutter."""
