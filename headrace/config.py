@@ -37,7 +37,12 @@ class EngineConfig:
         None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
     )
     scheduler: str = option("splitfuse", "step composer, a name from docs/systems.md")
-    decoder: str = option("autoregressive", "decoder, a name from docs/systems.md")
+    decoder: str = option(
+        "autoregressive",
+        "decoders to load, names from docs/systems.md separated by commas; the first is the default of requests",
+    )
+    draft_tokens: int = option(4, "tokens a speculative decoder drafts ahead at most")
+    draft_model: str | None = option(None, "directory or hub id of the model that drafts (decoder draft_model)")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
         None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
@@ -49,7 +54,7 @@ class EngineConfig:
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:
-        for name, low in (("max_num_seqs", 1), ("page_size", 1)):
+        for name, low in (("max_num_seqs", 1), ("page_size", 1), ("draft_tokens", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         for name, low in (("max_model_len", 1), ("max_num_batched_tokens", 1), ("num_pages", 2)):

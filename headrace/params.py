@@ -48,6 +48,7 @@ class SamplingParams:
     frequency_penalty: float = option(0.0, "subtracted for each occurrence of a token in the output")
     logit_bias: dict[int, float] | None = option(None, "added to the logits of these tokens")
     allowed_token_ids: list[int] | None = option(None, "only these tokens may be drawn")
+    decoder: str | None = option(None, "one of the engine's decoders; if not given, its first")
     truncate_prompt_tokens: int | None = option(None, "keep only this many of the last prompt tokens")
 
     def __post_init__(self) -> None:

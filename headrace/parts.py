@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import headrace.decoding.autoregressive
+import headrace.decoding.draft_model
+import headrace.decoding.ngram
 import headrace.scheduling.prefill_first
 import headrace.scheduling.splitfuse  # noqa: F401
 from headrace.cache.prefix import REUSE

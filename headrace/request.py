@@ -99,6 +99,12 @@ class Request:
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
     """Page ids by group, in the order of slots."""
+    decoder: str = ""
+    """Which of the engine's decoders runs it."""
+    drafted: int = 0
+    """Drafts that the decoder holds for the next step."""
+    salt: bytes = b""
+    """Whose cache entries the request may share: those of requests with the same salt."""
     unit_keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the whole units of `tokens` seen so far."""
     published: int = 0

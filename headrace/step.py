@@ -96,45 +96,76 @@ class RowTable:
 
     def first(self, n_rows: int, n_reqs: int) -> RowTable:
         """Views of the first `n_rows` rows and `n_reqs` requests."""
+        return self.part(range(n_rows), range(n_reqs))
+
+    def part(self, rows: range, reqs: range) -> RowTable:
+        """Views of some rows and requests; `row_ptr` keeps counting from the first row of the step."""
+        r, b = slice(rows.start, rows.stop), slice(reqs.start, reqs.stop)
         return RowTable(
-            tok=self.tok[:n_rows],
-            req=self.req[:n_rows],
-            t=self.t[:n_rows],
-            pos=self.pos[:, :n_rows],
-            dst=self.dst[:n_rows],
-            a=self.a[:n_rows],
-            b=self.b[:n_rows],
-            c=self.c[:n_rows],
-            bits=self.bits[:n_rows],
-            row_ptr=self.row_ptr[: n_reqs + 1],
-            reqs=self.reqs[:n_reqs],
+            tok=self.tok[r],
+            req=self.req[r],
+            t=self.t[r],
+            pos=self.pos[:, r],
+            dst=self.dst[r],
+            a=self.a[r],
+            b=self.b[r],
+            c=self.c[r],
+            bits=self.bits[r],
+            row_ptr=self.row_ptr[reqs.start : reqs.stop + 1],
+            reqs=self.reqs[b],
         )
+
+    def clear(self, ghost: int) -> None:
+        """Make every row a ghost: it belongs to nobody, writes to the trash page and sees itself alone."""
+        for column, value in (
+            (self.tok, 0),
+            (self.req, ghost),
+            (self.t, 0),
+            (self.pos, 0),
+            (self.dst, 0),
+            (self.a, NONE),
+            (self.b, 0),
+            (self.c, 1),
+            (self.bits, -1),
+        ):
+            column.fill_(value)
 
 
 @dataclass
 class OutTable:
-    """Rows whose logits are wanted. The first B are draws, one a request; the rest are given (scored) tokens."""
+    """Rows whose hidden states are wanted: the draws of every request, in the order of the step, then given tokens."""
 
     row: Tensor
     """Row of the step, int64 [M]."""
     t_out: Tensor
-    """Index of the token that the output decides, int32 [M]."""
+    """Index of the token that the draw decides, int32 [n_draw]."""
+    entry: Tensor
+    """Request of the step that the draw belongs to, int64 [n_draw]."""
     n_draw: int
-    """Outputs that are draws; output i < n_draw belongs to request i of the step."""
+    """Outputs that are draws."""
     target: Tensor
     """Token ids of the given outputs, int64 [M - n_draw]."""
 
 
 @dataclass
 class Commit:
-    """What a decoder resolved, one entry a request of the step."""
+    """What a decoder resolved, one entry a request, all int32."""
 
     n_kv: Tensor
-    """Rows whose keys and values become committed, int32 [B]."""
+    """Rows whose keys and values become committed, [B]."""
     n_emit: Tensor
-    """Tokens emitted, int32 [B]."""
+    """Tokens emitted, [B]."""
     emit: Tensor
-    """Emitted token ids, int32 [B, e_max]; entries from n_emit on are not read."""
+    """Emitted token ids, [B, e_max]; entries from n_emit on are not read."""
+    priced_by: Tensor
+    """The draw that each emitted token came from, counted from the decoder's first one, [B, e_max]."""
+    path: Tensor | None = None
+    """Row offsets of the accepted rows, [B, e_max]; None: accepted rows lie where they belong already.
+
+    Row path[i] of a request becomes slot n + path_from + i; the rows before `path_from` stay in their places.
+    """
+    path_from: Tensor | None = None
+    """Rows that stay, [B]."""
 
 
 class Mirror:

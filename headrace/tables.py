@@ -6,6 +6,9 @@ The host writes a row when a request is admitted; from then on commits on the de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,8 +26,10 @@ class RequestTable:
     Shapes: [Bmax+1] where nothing else is said.
     """
 
-    def __init__(self, max_reqs: int, max_len: int, groups: int, device: torch.device) -> None:
+    def __init__(self, max_reqs: int, max_len: int, groups: Sequence[int], device: torch.device) -> None:
+        """`groups` counts the cache groups of the model, and after it those of each decoder's own models."""
         self.ghost = max_reqs
+        self._ends = list(accumulate(groups, initial=0))
         self.device = device
         self._mirrors: dict[str, Mirror] = {}
         rows = max_reqs + 1
@@ -35,8 +40,8 @@ class RequestTable:
         self.trigger = self._table("trigger", (rows,), fill=FAR)  # token index at which a cache policy acts next
         self.finish = self._table("finish", (rows,))  # 0, or the finish reason
         self.hold = self._table("hold", (rows,))  # provisional slots that survive the step
-        self.kv_len = self._table("kv_len", (groups, rows), axis=1)  # committed slots by group
-        self.ro_len = self._table("ro_len", (groups, rows), axis=1)  # slots below are shared, hence read-only
+        self.kv_len = self._table("kv_len", (self._ends[-1], rows), axis=1)  # committed slots by group
+        self.ro_len = self._table("ro_len", (self._ends[-1], rows), axis=1)  # slots below are shared, hence read-only
         self.hist = self._table("hist", (rows, max_len))  # token ids by index
         self.stop_ids = self._table("stop_ids", (rows, MAX_STOP_IDS), fill=-1)
         self.stream = self._table("stream", (rows, 2))  # key of the noise, bit patterns of two u32
@@ -50,6 +55,10 @@ class RequestTable:
     ) -> Tensor:
         mirror = self._mirrors[name] = Mirror(shape, dtype, self.device, fill, axis)
         return mirror.device_table
+
+    def kv_len_of(self, model: int) -> list[Tensor]:
+        """The committed slots in each group of a model, int32 [Bmax+1]; model 0 is the one that decodes."""
+        return list(self.kv_len[self._ends[model] : self._ends[model + 1]])
 
     def admit(self, request: Request, index: int) -> None:
         """Write the row of a request that takes `index`, its clocks standing at `request.n_done`."""

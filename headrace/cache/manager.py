@@ -40,13 +40,13 @@ class Hit(NamedTuple):
     """Pages of the hit that nobody holds; they count as available until the hit is taken."""
 
 
-def group_layers(states: Sequence[LayerState]) -> list[CacheGroup]:
-    """One group for each distinct kind of layer, in order of appearance.
+def group_layers(states: Sequence[LayerState], first: int = 0) -> list[CacheGroup]:
+    """One group for each distinct kind of layer, in order of appearance; layers are counted from `first`.
 
     Raises ConfigError for a kind of layer that no cache exists for.
     """
     layers: dict[LayerState, list[int]] = {}
-    for layer, state in enumerate(states):
+    for layer, state in enumerate(states, first):
         if state.kind not in ("paged", "window"):
             raise ConfigError(f"layer {layer} keeps {state.kind!r}, for which there is no cache; known: paged, window")
         layers.setdefault(state, []).append(layer)
@@ -112,6 +112,25 @@ class CacheManager:
         """Keys [K, P, S, D] and values [K, P, S, Dv] of one layer."""
         return self._views[layer]
 
+    def place(self, group: int, req_X: Tensor, slot_X: Tensor) -> Tensor:
+        """Physical slots of a group, int64 [X], of slots by request index; slots outside the table are trash."""
+        table_BP = self.page_table_GBP[group]
+        page_X = table_BP[req_X, torch.div(slot_X, self.page_size, rounding_mode="floor").long()].long()
+        return page_X * self.page_size + slot_X % self.page_size
+
+    def move(self, groups: range, kv_len_GB: Tensor, req_X: Tensor, from_X: Tensor, to_X: Tensor) -> None:
+        """Copy slots within requests, all sources read before anything is written.
+
+        Sources and targets are counted from the end of the committed slots, `kv_len_GB` [G, Bmax+1].
+        """
+        for g in groups:
+            n_X = kv_len_GB[g][req_X].long()
+            source_X = self.place(g, req_X, (n_X + from_X).clamp_(min=0))
+            target_X = self.place(g, req_X, (n_X + to_X).clamp_(min=0))
+            for pool in (self._k_LKPSD[g], self._v_LKPSD[g]):
+                slots_LKXD = pool.flatten(2, 3)
+                slots_LKXD[:, :, target_X] = slots_LKXD[:, :, source_X]
+
     @property
     def available(self) -> tuple[int, ...]:
         """Pages by group that can be taken now."""
@@ -130,7 +149,7 @@ class CacheManager:
         """The longest published prefix; the last known token is always left to recompute. Changes nothing."""
         if not self.prefix_caching or request.scores_prompt:
             return Hit(0, 0)
-        self.index.extend_keys(request.unit_keys, request.tokens)
+        self.index.extend_keys(request.unit_keys, request.tokens, request.salt)
         units = (request.n_tok - 1) // self.page_size
         nodes = list(self.index.match(request.unit_keys, request.tokens, units))
         idle = max((sum(pool.is_idle(node.pages[g]) for node in nodes) for g, pool in enumerate(self.pools)), default=0)
@@ -168,7 +187,7 @@ class CacheManager:
         whole = request.n_done // self.page_size
         if whole <= request.published:
             return 0
-        self.index.extend_keys(request.unit_keys, request.tokens)
+        self.index.extend_keys(request.unit_keys, request.tokens, request.salt)
         for k in range(request.published, whole):
             unit = request.tokens[k * self.page_size : (k + 1) * self.page_size]
             self.index.publish(request.unit_keys[k], unit, tuple(pages[k] for pages in request.pages))

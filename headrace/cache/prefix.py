@@ -47,10 +47,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
-        """Append to `keys` those of the whole units of `tokens` that it lacks."""
+    def extend_keys(self, keys: list[bytes], tokens: Sequence[int], salt: bytes = b"") -> None:
+        """Append to `keys` those of the whole units of `tokens` that it lacks. Other salts have other keys."""
         while (len(keys) + 1) * self.unit <= len(tokens):
-            parent = keys[-1] if keys else self._root
+            parent = keys[-1] if keys else self._root + salt
             chunk = tokens[len(keys) * self.unit : (len(keys) + 1) * self.unit]
             keys.append(hashlib.blake2b(parent + array("q", chunk).tobytes(), digest_size=16).digest())
 

@@ -9,9 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.decoding.base import DECODERS, Demand
-from headrace.step import Commit, OutTable, RowTable
-from headrace.tables import RequestTable
+from headrace.decoding.base import DECODERS, Clocks, Decoder, Demand, Segment
+from headrace.step import Commit
+
+
+def plan_known(seg: Segment) -> None:
+    """Rows of a chunk: a = 0 (everything committed), and the step's own slots up to the row itself.
+
+    Token ids are read from the history, whatever lies there behind the known tokens.
+    """
+    rows, table = seg.rows, seg.table
+    req_R = seg.reqs_B[seg.entry_R]
+    t_R = table.n_done[req_R] + seg.k_R
+    rows.req.copy_(req_R)
+    rows.t.copy_(t_R)
+    rows.tok.copy_(table.hist[req_R, t_R.long()])
+    rows.pos.copy_(t_R + table.pos_off[req_R])
+    rows.dst.copy_(seg.k_R)
+    rows.a.zero_()
+    rows.b.zero_()
+    rows.bits.fill_(-1)
+    torch.add(seg.k_R, 1, out=rows.c)
 
 
 @DECODERS.register(
@@ -19,33 +37,24 @@ from headrace.tables import RequestTable
     label="exact",
     summary="Plain decoding; prompt chunks and decode rows are one path.",
 )
-class Autoregressive:
+class Autoregressive(Decoder):
     """One token a step and request."""
 
-    e_max = 1
-
-    def demand(self, n_tok: int, n_done: int) -> Demand:
+    def demand(self, clocks: Clocks) -> Demand:
         """All pending tokens; one is enough for progress."""
-        return Demand(1, n_tok - n_done)
+        return Demand(1, clocks.n_tok - clocks.n_done)
 
-    def plan(self, table: RequestTable, rows: RowTable, grant_B: Tensor) -> None:
-        """Rows of a chunk: a = 0 (everything committed), and the step's own slots up to the row itself."""
-        n_rows = rows.req.shape[0]
-        req_R = torch.repeat_interleave(rows.reqs, grant_B, output_size=n_rows).long()
-        first_R = torch.repeat_interleave(rows.row_ptr[:-1], grant_B, output_size=n_rows)
-        k_R = torch.arange(n_rows, dtype=torch.int32, device=first_R.device) - first_R
-        t_R = table.n_done[req_R] + k_R
-        rows.req.copy_(req_R)
-        rows.t.copy_(t_R)
-        rows.tok.copy_(table.hist[req_R, t_R.long()])
-        rows.pos.copy_(t_R + table.pos_off[req_R])
-        rows.dst.copy_(k_R)
-        rows.a.zero_()
-        rows.b.zero_()
-        torch.add(k_R, 1, out=rows.c)
+    def plan(self, seg: Segment) -> None:
+        """Pending tokens in order."""
+        plan_known(seg)
 
-    def resolve(self, table: RequestTable, rows: RowTable, outs: OutTable, drawn_B: Tensor, grant_B: Tensor) -> Commit:
+    def resolve(self, seg: Segment, id_M: Tensor, hidden_ME: Tensor) -> Commit:
         """All rows are committed; a token is emitted where the last pending one was among them."""
-        reqs_B = rows.reqs.long()
+        table, reqs_B, grant_B = seg.table, seg.reqs_B, seg.grant_B
         complete_B = table.n_done[reqs_B] + grant_B == table.n_tok[reqs_B]
-        return Commit(n_kv=grant_B.int(), n_emit=complete_B.int(), emit=drawn_B[:, None])
+        return Commit(
+            n_kv=grant_B.int(),
+            n_emit=complete_B.int(),
+            emit=id_M[:, None],
+            priced_by=torch.arange(len(seg.grants), dtype=torch.int32, device=id_M.device)[:, None],
+        )

@@ -1,19 +1,47 @@
 """The contract of a decoder.
 
-A decoder owns which rows are evaluated and which tokens come of them. It writes the rows and outputs of
-its requests and a `Commit`; it never touches clocks, page tables or pages: the engine clamps what it
-emits at the first stop id and at the limit, advances the clocks and appends to the history.
+A decoder owns which rows are evaluated and which tokens come of them. It writes the rows of its requests and a
+`Commit`; it never touches clocks, page tables or pages: the engine clamps what it emits at the first stop id and at
+the limit, moves accepted keys and values, advances the clocks and appends to the history.
+
+A step through a decoder: `demand` says on the host how many rows a request can use; `plan` fills the rows; the engine
+evaluates them and draws a token for the last `n_outputs` rows of each request, with noise keyed by the index of the
+token that the row decides; `resolve` says what is committed and emitted; `draft` prepares the next step.
+
+Drawing the target's own token at every row and following the drafts as long as they hold that token (the coupled
+walk) makes the emitted tokens equal those of plain decoding, whatever was drafted: row noise depends on nothing but
+the position, so a right draft changes when a token is found, never which.
+
+Letters: B requests of the segment, R their rows, M their draws, E tokens emitted at most.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from headrace.config import EngineConfig
+from headrace.models.base import CausalLM
 from headrace.registry import Registry
-from headrace.step import Commit, OutTable, RowTable
+from headrace.request import Request
+from headrace.step import Commit, RowTable
 from headrace.tables import RequestTable
+
+
+class Clocks(NamedTuple):
+    """What `demand` may know of a request."""
+
+    n_tok: int
+    n_done: int
+    drafted: int
+    """What `draft` returned for the request after its last step; 0 after an admission."""
+    limit: int
 
 
 class Demand(NamedTuple):
@@ -21,26 +49,156 @@ class Demand(NamedTuple):
 
     least: int
     most: int
+    scratch: int = 0
+    """Slots behind the rows that `draft` may write."""
 
 
-class Decoder(Protocol):
-    """Plans rows and resolves drawn tokens for the requests of a step. All tensors are on the device."""
+Span = tuple[int, int, int]
+"""First row, number of rows, and a bound on the slots that they see."""
 
-    e_max: int
+
+class OwnModel(NamedTuple):
+    """How a decoder runs a model of its own."""
+
+    evaluate: Callable[[RowTable, Sequence[Span], Tensor], Tensor]
+    """Hidden states [M, E] of the given rows (int64 [M]); the model's cache is written on the way."""
+    kv_len: Sequence[Tensor]
+    """Its clock: committed slots in each of its cache groups, int32 [Bmax+1]. The decoder advances it."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a decoder is made from."""
+
+    config: EngineConfig
+    model: CausalLM
+    """The model that decodes: embedding and head may be used."""
+    max_reqs: int
+    max_len: int
+    device: torch.device
+
+
+@dataclass
+class Segment:
+    """The requests of one decoder in a step. Tensors of the step are views; nothing here waits for the device."""
+
+    table: RequestTable
+    rows: RowTable
+    """Exactly the granted rows; `reqs` and `row_ptr` are filled."""
+    grants: list[int]
+    """Rows of each request."""
+    outputs: list[int]
+    """Draws of each request: its last rows."""
+    prompts: list[bool]
+    """Whether more than one token was pending before the step."""
+
+    @cached_property
+    def reqs_B(self) -> Tensor:
+        """Request indices, int64 [B]."""
+        return self.rows.reqs.long()
+
+    @cached_property
+    def grant_B(self) -> Tensor:
+        """Rows of each request, int64 [B]."""
+        return self._ints(self.grants)
+
+    @cached_property
+    def first_B(self) -> Tensor:
+        """First row of each request within the segment, int64 [B]."""
+        return (self.rows.row_ptr[:-1] - self.rows.row_ptr[0]).long()
+
+    @cached_property
+    def entry_R(self) -> Tensor:
+        """Request of each row, as a place in the segment, int64 [R]."""
+        places = torch.arange(len(self.grants), device=self.table.device)
+        return places.repeat_interleave(self.grant_B, output_size=sum(self.grants))
+
+    @cached_property
+    def k_R(self) -> Tensor:
+        """Offset of each row within its request, int32 [R]."""
+        rows = torch.arange(sum(self.grants), device=self.table.device)
+        return (rows - self.first_B[self.entry_R]).int()
+
+    @cached_property
+    def n_out_B(self) -> Tensor:
+        """Draws of each request, int64 [B]."""
+        return self._ints(self.outputs)
+
+    @cached_property
+    def out_first_B(self) -> Tensor:
+        """First draw of each request within the segment, int64 [B]."""
+        return self.n_out_B.cumsum(0) - self.n_out_B
+
+    @cached_property
+    def out_entry_M(self) -> Tensor:
+        """Request of each draw, as a place in the segment, int64 [M]."""
+        places = torch.arange(len(self.outputs), device=self.table.device)
+        return places.repeat_interleave(self.n_out_B, output_size=sum(self.outputs))
+
+    @cached_property
+    def out_row_M(self) -> Tensor:
+        """Row of each draw within the segment, int64 [M]."""
+        j_M = torch.arange(sum(self.outputs), device=self.table.device) - self.out_first_B[self.out_entry_M]
+        return (self.first_B + self.grant_B - self.n_out_B)[self.out_entry_M] + j_M
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.table.device)
+
+
+class Decoder(ABC):
+    """Plans rows and resolves draws for its requests. Device work only where tensors are named; no synchronisation."""
+
+    e_max = 1
     """Most tokens that one step may emit for a request."""
+    shift = 1
+    """Index of the token that a row decides, minus the row's own."""
+    tree = False
+    """Whether rows of a request may see other rows of the step than all before them."""
+    models: Sequence[CausalLM] = ()
+    """Models of the decoder's own. Their layers get cache beside the target's; `bind` brings the means to run them."""
 
-    def demand(self, n_tok: int, n_done: int) -> Demand:
-        """Rows wanted by a request with these clocks. Host, pure."""
-        ...
+    def __init__(self, setup: Setup) -> None:
+        """Raises ConfigError for options that the decoder cannot work with."""
+        self.setup = setup
 
-    def plan(self, table: RequestTable, rows: RowTable, grant_B: Tensor) -> None:
-        """Fill the rows of the step. `rows` are views of exactly the granted size; `rows.reqs` and
-        `rows.row_ptr` are filled already; grant_B is int64 [B]. No host synchronisation."""
-        ...
+    def bind(self, own: Sequence[OwnModel]) -> None:
+        """The means to run each of `models`."""
+        return
 
-    def resolve(self, table: RequestTable, rows: RowTable, outs: OutTable, drawn_B: Tensor, grant_B: Tensor) -> Commit:
-        """Decide what is committed and emitted, from the drawn ids, int32 [B]. No host synchronisation."""
-        ...
+    def admit(self, request: Request) -> None:
+        """The request has taken `request.index`: forget what the index meant before."""
+        return
+
+    def release(self, request: Request) -> None:
+        """The request gives `request.index` back."""
+        return
+
+    @abstractmethod
+    def demand(self, clocks: Clocks) -> Demand:
+        """Rows wanted in the next step. Host, pure."""
+
+    def n_outputs(self, rows: int) -> int:
+        """Draws for a request that was granted so many rows: its last ones. Host, pure."""
+        return 1
+
+    @abstractmethod
+    def plan(self, seg: Segment) -> None:
+        """Fill the rows of the step."""
+
+    def paths(self, seg: Segment) -> Tensor | None:
+        """Tokens between the history and each draw, int64 [M, L], unused entries -1; None: there are none.
+
+        Penalties count them. Asked for only if a request of the step has a processor.
+        """
+        return None
+
+    @abstractmethod
+    def resolve(self, seg: Segment, id_M: Tensor, hidden_ME: Tensor) -> Commit:
+        """What is committed and emitted, given the drawn ids, int32 [M], and the hidden states they came from."""
+
+    def draft(self, seg: Segment) -> Tensor | None:
+        """Prepare the next step, after the commit. Returns what `Clocks.drafted` will be, int32 [B]; None: zeros."""
+        return None
 
 
 DECODERS: Registry[Decoder] = Registry("decoder", "decoder")

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.cache.manager import CacheManager, group_layers
+from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.config import EngineConfig
-from headrace.decoding.base import Decoder
-from headrace.engine.runner import Granted, Runner, StepReport
+from headrace.decoding.base import Clocks, Decoder, Setup
+from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.errors import InvariantError, NumericalError, RequestError
 from headrace.kernels.draw import stream_key
@@ -32,6 +32,9 @@ from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
 from headrace.tables import MAX_STOP_IDS, RequestTable
 
 log = logging.getLogger("headrace")
+
+PLAIN = next(iter(DECODERS)).name
+"""The decoder that every engine has: the first one registered."""
 
 TokenHook = Callable[[Request, list[int]], str | None]
 """Called with a request and its new tokens; a string ends the request (a stop string was completed)."""
@@ -62,15 +65,18 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        groups = group_layers(model.layer_states())
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        setup = Setup(config, model, config.max_num_seqs, wished_len, self.device)
+        self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
+        streams = _streams([model, *(own for decoder in self.decoders.values() for own in decoder.models)])
+        groups = [group for found in streams.values() for group in found]
         n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
-        decoder: Decoder = DECODERS[config.decoder].make()
-        self.decoder = decoder
         self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
-        self.table = RequestTable(config.max_num_seqs, self.max_model_len, len(groups), self.device)
+        self.table = RequestTable(
+            config.max_num_seqs, self.max_model_len, [len(found) for found in streams.values()], self.device
+        )
         self.cache = CacheManager(
             groups,
             n_pages=n_pages,
@@ -80,11 +86,11 @@ class Engine:
             dtype=self.dtype,
             device=self.device,
             prefix_caching=config.enable_prefix_caching,
-            namespace=f"{model.config!r} {self.dtype} page {config.page_size}",
+            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size}",
         )
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        self.runner = Runner(model, self.cache, self.table, decoder, most_rows, self.device)
+        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -219,13 +225,15 @@ class Engine:
         done, idle = request.n_done, 0
         if not running:
             done, idle = self.cache.look_up(request)
-        least, most = self.decoder.demand(request.n_tok, done)
+        demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
             running=running,
-            least=least,
-            most=most,
+            least=demand.least,
+            most=demand.most,
+            scratch=demand.scratch,
+            most_slots=request.limit,
             decoding=running and request.pending == 1,
             kv_len=(done,) * groups,
             pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
@@ -245,11 +253,17 @@ class Engine:
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
             for processor in self._processors[request.index]:
                 processor.admit(request)
+            self.decoders[request.decoder].admit(request)
         granted = [Granted(self._running[key], rows) for key, rows in schedule.grants.items()]
         for request, rows in granted:
-            self.cache.reserve(request, rows)
+            demand = self.decoders[request.decoder].demand(
+                Clocks(request.n_tok, request.n_done, request.drafted, request.limit)
+            )
+            self.cache.reserve(request, min(rows + demand.scratch, request.limit - request.n_done))
             self.stats.chunks += rows < request.pending
-        return granted
+        # Requests of one decoder stand together; sorting keeps their order.
+        order = {name: place for place, name in enumerate(self.decoders)}
+        return sorted(granted, key=lambda g: order[g.request.decoder])
 
     def _processor_rows(self, granted: Sequence[Granted]) -> list[tuple[LogitProcessor, list[int]]]:
         """Each processor that is wanted in this step with its rows, in the order of registration."""
@@ -271,33 +285,44 @@ class Engine:
                 request.prompt_logprobs.extend(
                     _positions(report.given[i], request.tokens, len(request.prompt_logprobs))
                 )
-            new = report.emit[i][: report.n_emit[i]]
-            if new and request.first_token_s is None:
-                request.first_token_s = now_s
-            request.tokens.extend(new)
-            self.stats.output_tokens += len(new)
-            if new:
-                request.token_logprobs.append(report.logprob[i])
-            if i in report.top:
-                request.top_logprobs.extend(_positions(report.top[i], request.tokens, request.n_tok - 1))
-            for processor in self._processors[request.index]:
-                for token in new:
-                    processor.observe(request.index, token)
-            read_only = self.cache.publish(request)
-            if read_only:
-                self.table.set_read_only(request.index, read_only)
-            finish = Finish(report.finish[i])
-            stop_text = self.on_token(request, new) if self.on_token and new else None
+            new, finish = report.emit[i], Finish(report.finish[i])
+            request.drafted = report.drafted[i]
+            stop_text = self._take(request, new, report, i, now_s)
             if stop_text is not None:
                 request.stop_reason = stop_text
                 finish = Finish.STOP
             elif finish is Finish.STOP and new[-1] not in self.eos_ids:
                 request.stop_reason = new[-1]
+            if request.n_done < request.n_tok:  # otherwise rows behind a stop string were evaluated
+                read_only = self.cache.publish(request)
+                if read_only:
+                    self.table.set_read_only(request.index, read_only)
             if finish is not Finish.NONE:
                 self._finish(request, finish)
             if new or finish is not Finish.NONE:
                 changed.append(request)
         return changed
+
+    def _take(self, request: Request, new: list[int], report: StepReport, i: int, now_s: float) -> str | None:
+        """Append emitted tokens one by one, up to the one that completes a stop string; returns that string."""
+        if new and request.first_token_s is None:
+            request.first_token_s = now_s
+        stop_text = None
+        first = request.n_tok
+        for token in new:
+            request.tokens.append(token)
+            request.token_logprobs.append(report.logprob[i][request.n_tok - first - 1])
+            for processor in self._processors[request.index]:
+                processor.observe(request.index, token)
+            if self.on_token:
+                stop_text = self.on_token(request, [token])
+                if stop_text is not None:
+                    break
+        taken = request.n_tok - first
+        self.stats.output_tokens += taken
+        if i in report.top:
+            request.top_logprobs.extend(_positions(report.top[i], request.tokens, first)[:taken])
+        return stop_text
 
     # Ends
 
@@ -334,6 +359,8 @@ class Engine:
         self.table.release(request.index)
         for processor in self._processors.pop(request.index):
             processor.release(request.index)
+        self.decoders[request.decoder].release(request)
+        request.drafted = 0
         del self._running[request.arrival]
         self._free_indices.append(request.index)
         request.index = -1
@@ -350,7 +377,7 @@ class Engine:
         for request in running:
             i = request.index
             clocks = int(self.table.n_tok[i]), int(self.table.n_done[i])
-            lengths = set(self.table.kv_len[:, i].tolist())
+            lengths = {int(kv_len_B[i]) for kv_len_B in self.table.kv_len_of(0)}
             if clocks != (request.n_tok, request.n_done) or lengths != {request.n_done}:
                 raise InvariantError(
                     f"request {request.request_id}: clocks {clocks}, lengths {lengths} on the device; "
@@ -390,7 +417,16 @@ class Engine:
                 f"stop_token_ids: {len(stops)} stop ids with the model's own; at most {MAX_STOP_IDS}: pass fewer"
             )
         room = self.max_model_len - prompt_len
+        names = list(self.decoders)
+        decoder = params.decoder or names[0]
+        if decoder not in self.decoders:
+            raise RequestError(
+                f"decoder={decoder!r} is not loaded; this engine has {', '.join(names)}: name it in its decoder option"
+            )
         return {
+            "decoder": decoder,
+            # Requests with another decoder may lack the cache of this decoder's own models.
+            "salt": decoder.encode() if self.decoders[decoder].models else b"",
             "stream": stream_key(seed, sample),
             "stop_ids": tuple(stops),
             "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),
@@ -413,6 +449,24 @@ class Engine:
                 f"{self.max_model_len}: shorten it, pass truncate_prompt_tokens={longest}, or raise max_model_len"
             )
         return tokens
+
+
+def _decoder_names(config: EngineConfig) -> list[str]:
+    """The decoders to load, the default of requests first; plain decoding is always among them."""
+    names = [name.strip() for name in config.decoder.split(",")]
+    return list(dict.fromkeys([*names, PLAIN]))
+
+
+def _streams(models: Sequence[CausalLM]) -> dict[Stream, list[CacheGroup]]:
+    """Layers and cache groups of several models, numbered one after the other."""
+    streams: dict[Stream, list[CacheGroup]] = {}
+    first_layer = first_group = 0
+    for model in models:
+        states = model.layer_states()
+        groups = group_layers(states, first_layer)
+        streams[Stream(model, first_layer, range(first_group, first_group + len(groups)))] = groups
+        first_layer, first_group = first_layer + len(states), first_group + len(groups)
+    return streams
 
 
 def _positions(top: TopLogprobs, tokens: Sequence[int], first: int) -> list[PositionLogprobs]:

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.cache.manager import CacheManager
-from headrace.decoding.base import Decoder
-from headrace.engine.commit import Committed, apply_commit
+from headrace.decoding.base import Decoder, OwnModel, Segment, Span
+from headrace.engine.commit import Committed, apply_commit, join, moves
 from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.models.base import CausalLM
 from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
 from headrace.sampling.processors import LogitProcessor
-from headrace.step import NONE, OutTable, RowTable
+from headrace.step import Commit, OutTable, RowTable
 from headrace.tables import RequestTable
 
 SCORE_CHUNK = 512
@@ -37,6 +39,10 @@ class Granted(NamedTuple):
     rows: int
 
 
+ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
+"""Processors, and the requests of the step whose logits each changes."""
+
+
 @dataclass
 class StepReport:
     """What one step brought, in host memory; entry i belongs to request i of the step."""
@@ -45,10 +51,12 @@ class StepReport:
     n_emit: list[int]
     emit: list[list[int]]
     finish: list[int]
-    logprob: list[float]
-    """Log-probability of the drawn token under the model's own distribution."""
+    logprob: list[list[float]]
+    """Log-probability of each emitted token under the model's own distribution."""
+    drafted: list[int]
+    """What the decoder drafted for the next step."""
     top: dict[int, TopLogprobs]
-    """Top log-probs of the draws that asked for them; each has one row."""
+    """Top log-probs of the requests that asked for them, one row an emitted token."""
     given: dict[int, TopLogprobs]
     """Log-probs of scored prompt tokens, one row a token, in the order of the prompt."""
 
@@ -72,25 +80,33 @@ class StepTimes:
         return {name.removesuffix("_s"): value / total for name, value in stages.items()}
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A model and the place of its layers in the cache: the target, or a decoder's own."""
+
+    model: CausalLM
+    first_layer: int
+    groups: range
+
+
 class _Context:
     """What the layers see of a step: positions, and attention over the rows."""
 
-    def __init__(self, runner: Runner, rows: RowTable, lens: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span]) -> None:
         self._cache = runner.cache
         self._table = runner.table
+        self._first_layer = stream.first_layer
         self.pos_AR = rows.pos
         self._rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs)
         req_R = rows.req.long()
-        self._plans: list[AttentionPlan] = []
-        self._place_R: list[Tensor] = []
+        self._plans: dict[int, AttentionPlan] = {}
+        self._place_R: dict[int, Tensor] = {}
         page_size = runner.cache.page_size
-        for g, _ in enumerate(runner.cache.groups):
+        for g in stream.groups:
             page_table_BP = runner.cache.page_table_GBP[g]
             kv_len_B = runner.table.kv_len[g]
-            slot_R = kv_len_B[req_R] + rows.dst
-            page_R = page_table_BP[req_R, (slot_R // page_size).long()].long()
-            self._place_R.append(page_R * page_size + slot_R % page_size)
-            self._plans.append(plan_attention(self._rows, page_table_BP, kv_len_B, page_size, lens))
+            self._place_R[g] = runner.cache.place(g, req_R, kv_len_B[req_R] + rows.dst)
+            self._plans[g] = plan_attention(self._rows, page_table_BP, kv_len_B, page_size, spans)
 
     def attend(
         self,
@@ -104,6 +120,7 @@ class _Context:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the rows' keys and values, then attend."""
+        layer += self._first_layer
         g = self._cache.group_of(layer)
         k_KPSD, v_KPSD = self._cache.layer_pools(layer)
         write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, self._place_R[g])
@@ -123,66 +140,99 @@ class _Context:
         return out_RHD
 
 
-@dataclass
 class Runner:
-    """Executes steps. `max_rows` bounds the rows of a step, `max_reqs` the requests."""
+    """Executes steps over the target's stream, and passes of the decoders' own models.
 
-    model: CausalLM
-    cache: CacheManager
-    table: RequestTable
-    decoder: Decoder
-    max_rows: int
-    device: torch.device
-    times: StepTimes = field(default_factory=StepTimes)
+    Args:
+        streams: the target, then the models of the decoders in their order.
+        decoders: by name; requests of a step are in the order of this dict.
+        max_rows: bounds the rows of a step.
+    """
 
-    def __post_init__(self) -> None:
-        self.rows = RowTable.allocate(self.max_rows, self.table.ghost, self.table.ghost, 1, self.device)
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        cache: CacheManager,
+        table: RequestTable,
+        decoders: Mapping[str, Decoder],
+        max_rows: int,
+    ) -> None:
+        self.target = streams[0]
+        self.model = self.target.model
+        self.cache, self.table, self.decoders = cache, table, decoders
+        self.max_rows, self.device = max_rows, table.device
+        self.times = StepTimes()
+        self.rows = RowTable.allocate(max_rows, table.ghost, table.ghost, 1, self.device)
+        own = [
+            OwnModel(partial(self._evaluate, stream), table.kv_len_of(number))
+            for number, stream in enumerate(streams[1:], 1)
+        ]
+        for decoder in decoders.values():
+            mine, own = own[: len(decoder.models)], own[len(decoder.models) :]
+            decoder.bind(mine)
 
     @torch.inference_mode()
-    def execute(
-        self, granted: Sequence[Granted], processors: Sequence[tuple[LogitProcessor, list[int]]] = ()
-    ) -> StepReport:
+    def execute(self, granted: Sequence[Granted], processors: ProcessorRequests = ()) -> StepReport:
         """Run one step over the granted rows and commit what came of it.
 
-        `processors` change the logits of the given requests of the step before the draw.
+        The requests are grouped by decoder. `processors` change the logits of their requests before the draw.
         """
         clock = [time.perf_counter()]
-        rows, grant_B, lens = self._build(granted)
-        outs = self._outs(granted, rows)
-        context = _Context(self, rows, lens)
+        rows, spans = self._build(granted)
+        segments = self._segments(granted, rows)
+        for decoder, seg in segments:
+            decoder.plan(seg)
+        outs = self._outs(granted, rows, segments)
+        context = _Context(self, self.target, rows, spans)
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
         hidden_ME = self.model(rows.tok, context, wanted_M)
         self._tick(clock)
-        raw_BV = self.model.logits(hidden_ME[: outs.n_draw]).float()
+        raw_MV = self.model.logits(hidden_ME[: outs.n_draw]).float()
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
-        drawn = self._draw(granted, rows, outs, raw_BV, processors)
+        drawn = self._draw(rows, outs, raw_MV, processors, segments)
         self._tick(clock)
-        commit = self.decoder.resolve(self.table, rows, outs, drawn.id_M, grant_B)
-        committed = apply_commit(self.table, rows, commit)
-        report = self._report(granted, committed, drawn.logp_raw_M, raw_BV, given)
+        commit = self._resolve(segments, drawn.id_M, hidden_ME)
+        reqs_B = rows.reqs.long()
+        committed = apply_commit(self.table, reqs_B, commit)
+        if commit.path is not None:
+            self.cache.move(self.target.groups, self.table.kv_len, *moves(self.table, rows, commit, committed.n_kv_B))
+        drafted = self._draft(segments)
+        report = self._report(granted, commit, committed, drawn.logp_raw_M, drafted, raw_MV, given)
         self._tick(clock)
         self._count(clock, sum(g.rows for g in granted))
         return report
 
-    def _build(self, granted: Sequence[Granted]) -> tuple[RowTable, Tensor, list[tuple[int, int, int]]]:
+    def _build(self, granted: Sequence[Granted]) -> tuple[RowTable, list[Span]]:
+        """The rows of the step, of which only requests and borders are known."""
         sizes = [g.rows for g in granted]
         rows = self.rows.first(sum(sizes), len(sizes))
-        grant_B = torch.tensor(sizes, dtype=torch.int64, device=self.device)
+        borders = list(itertools.accumulate(sizes, initial=0))
         rows.reqs.copy_(torch.tensor([g.request.index for g in granted], dtype=torch.int32))
-        rows.row_ptr[0] = 0
-        torch.cumsum(grant_B, 0, dtype=torch.int32, out=rows.row_ptr[1:])
-        self.decoder.plan(self.table, rows, grant_B)
-        lens, first = [], 0
-        for request, size in granted:
-            lens.append((first, size, request.n_done + size))
-            first += size
-        return rows, grant_B, lens
+        rows.row_ptr.copy_(torch.tensor(borders, dtype=torch.int32))
+        spans = [(first, size, request.n_done + size) for first, (request, size) in zip(borders, granted, strict=False)]
+        return rows, spans
 
-    def _outs(self, granted: Sequence[Granted], rows: RowTable) -> OutTable:
-        """One draw a request, on its last row; after them the prompt tokens to score."""
+    def _segments(self, granted: Sequence[Granted], rows: RowTable) -> list[tuple[Decoder, Segment]]:
+        """Neighbours with the same decoder, in the order of the step."""
+        segments: list[tuple[Decoder, Segment]] = []
+        first_row = first = 0
+        for name, members in itertools.groupby(granted, key=lambda g: g.request.decoder):
+            decoder, mine = self.decoders[name], list(members)
+            grants = [g.rows for g in mine]
+            part = rows.part(range(first_row, first_row + sum(grants)), range(first, first + len(mine)))
+            prompts = [g.request.pending > 1 for g in mine]
+            outputs = [decoder.n_outputs(n) for n in grants]
+            segments.append((decoder, Segment(self.table, part, grants, outputs, prompts)))
+            first_row, first = first_row + sum(grants), first + len(mine)
+        return segments
+
+    def _outs(
+        self, granted: Sequence[Granted], rows: RowTable, segments: Sequence[tuple[Decoder, Segment]]
+    ) -> OutTable:
+        """The draws, then the prompt tokens to score."""
         scored_rows: list[int] = []
         targets: list[int] = []
         first = 0
@@ -192,29 +242,61 @@ class Runner:
                     scored_rows.append(first + index - 1 - request.n_done)
                     targets.append(request.tokens[index])
             first += size
-        last_B = (rows.row_ptr[1:] - 1).long()
-        row_M = last_B
+        row_parts, t_parts, entry_parts = [], [], []
+        first_row = first = 0
+        for decoder, seg in segments:
+            row_parts.append(seg.out_row_M + first_row)
+            t_parts.append(seg.rows.t[seg.out_row_M] + decoder.shift)
+            entry_parts.append(seg.out_entry_M + first)
+            first_row, first = first_row + sum(seg.grants), first + len(seg.grants)
+        n_draw = sum(sum(seg.outputs) for _, seg in segments)
         if scored_rows:
-            row_M = torch.cat([last_B, torch.tensor(scored_rows, dtype=torch.int64, device=self.device)])
+            row_parts.append(torch.tensor(scored_rows, dtype=torch.int64, device=self.device))
         target = torch.tensor(targets, dtype=torch.int64, device=self.device)
-        return OutTable(row=row_M, t_out=rows.t[row_M] + 1, n_draw=len(granted), target=target)
+        return OutTable(_joined(row_parts), _joined(t_parts), _joined(entry_parts), n_draw, target)
 
     def _draw(
         self,
-        granted: Sequence[Granted],
         rows: RowTable,
         outs: OutTable,
-        raw_BV: Tensor,
-        processors: Sequence[tuple[LogitProcessor, list[int]]],
+        raw_MV: Tensor,
+        processors: ProcessorRequests,
+        segments: Sequence[tuple[Decoder, Segment]],
     ) -> Drawn:
-        reqs_B = rows.reqs.long()
-        logits_BV = raw_BV.clone() if processors else raw_BV
-        for processor, picked in processors:
-            processor.apply(logits_BV, picked, [granted[i].request.index for i in picked])
+        logits_MV = raw_MV
+        if processors:
+            logits_MV = raw_MV.clone()
+            counts = [n for _, seg in segments for n in seg.outputs]
+            firsts = list(itertools.accumulate(counts, initial=0))
+            reqs = rows.reqs.tolist()
+            path_ML = _paths(segments)
+            for processor, members in processors:
+                picked = [m for i in members for m in range(firsts[i], firsts[i + 1])]
+                indices = [reqs[i] for i in members for _ in range(counts[i])]
+                processor.apply(logits_MV, picked, indices, path_ML)
+        reqs_M = rows.reqs.long()[outs.entry]
         table = self.table
-        params = DrawParams(table.temperature[reqs_B], table.top_k[reqs_B], table.top_p[reqs_B], table.min_p[reqs_B])
-        t_out_B = outs.t_out[: outs.n_draw]
-        return draw(logits_BV, params, table.stream[reqs_B], t_out_B, raw_MV=raw_BV)
+        params = DrawParams(table.temperature[reqs_M], table.top_k[reqs_M], table.top_p[reqs_M], table.min_p[reqs_M])
+        return draw(logits_MV, params, table.stream[reqs_M], outs.t_out, raw_MV=raw_MV)
+
+    def _resolve(self, segments: Sequence[tuple[Decoder, Segment]], id_M: Tensor, hidden_ME: Tensor) -> Commit:
+        firsts = list(itertools.accumulate((sum(seg.outputs) for _, seg in segments), initial=0))
+        commits = [
+            decoder.resolve(seg, id_M[low:high], hidden_ME[low:high])
+            for (decoder, seg), (low, high) in zip(segments, itertools.pairwise(firsts), strict=True)
+        ]
+        return join(commits, firsts[:-1])
+
+    def _draft(self, segments: Sequence[tuple[Decoder, Segment]]) -> list[int]:
+        drafted: list[int] = []
+        for decoder, seg in segments:
+            count_B = decoder.draft(seg)
+            drafted += [0] * len(seg.grants) if count_B is None else count_B.tolist()
+        return drafted
+
+    def _evaluate(self, stream: Stream, rows: RowTable, spans: Sequence[Span], wanted_M: Tensor) -> Tensor:
+        hidden_ME: Tensor = stream.model(rows.tok, _Context(self, stream, rows, spans), wanted_M)
+        return hidden_ME
 
     def _score(self, granted: Sequence[Granted], outs: OutTable, hidden_SE: Tensor) -> dict[int, TopLogprobs]:
         """Log-probs of given tokens, by request of the step; hidden states of the scored rows only."""
@@ -238,23 +320,28 @@ class Runner:
     def _report(
         self,
         granted: Sequence[Granted],
+        commit: Commit,
         committed: Committed,
-        logprob_B: Tensor,
-        raw_BV: Tensor,
+        logprob_M: Tensor,
+        drafted: list[int],
+        raw_MV: Tensor,
         given: dict[int, TopLogprobs],
     ) -> StepReport:
         n_emit = committed.n_emit_B.tolist()
         top: dict[int, TopLogprobs] = {}
         for i, (request, _) in enumerate(granted):
             if request.params.logprobs is not None and n_emit[i]:
-                one = slice(i, i + 1)
-                top[i] = gather_logprobs(raw_BV[one], committed.emit_BE[one, 0], request.params.logprobs)
+                rows_MV = raw_MV[commit.priced_by[i, : n_emit[i]].long()]
+                top[i] = gather_logprobs(rows_MV, commit.emit[i, : n_emit[i]], request.params.logprobs)
+        logprob = logprob_M[commit.priced_by.long()].tolist()
+        emit = commit.emit.tolist()
         return StepReport(
             n_kv=committed.n_kv_B.tolist(),
             n_emit=n_emit,
-            emit=committed.emit_BE.tolist(),
+            emit=[tokens[:n] for tokens, n in zip(emit, n_emit, strict=True)],
             finish=committed.finish_B.tolist(),
-            logprob=logprob_B.tolist(),
+            logprob=[values[:n] for values, n in zip(logprob, n_emit, strict=True)],
+            drafted=drafted,
             top=top,
             given=given,
         )
@@ -287,20 +374,36 @@ class Runner:
     def time_step(self, n_rows: int, repeats: int = 2) -> float:
         """Seconds of one pass over `n_rows` ghost rows and one output row: the best of 1 + `repeats` tries."""
         rows = self.rows.first(n_rows, 1)
-        ghost = self.table.ghost
-        for column, value in ((rows.tok, 0), (rows.req, ghost), (rows.t, 0), (rows.pos, 0), (rows.dst, 0)):
-            column.fill_(value)
-        for column, value in ((rows.a, NONE), (rows.b, 0), (rows.c, 1), (rows.reqs, ghost)):
-            column.fill_(value)
+        rows.clear(self.table.ghost)
+        rows.reqs.fill_(self.table.ghost)
         rows.row_ptr.copy_(torch.tensor([0, n_rows], dtype=torch.int32))
         best = float("inf")
         for _ in range(1 + repeats):
             clock = [time.perf_counter()]
-            hidden_RE = self.model(rows.tok, _Context(self, rows, [(0, n_rows, 1)]))
+            hidden_RE = self.model(rows.tok, _Context(self, self.target, rows, [(0, n_rows, 1)]))
             self.model.logits(hidden_RE[:1])
             self._tick(clock)
             best = min(best, clock[1] - clock[0])
         return best
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _paths(segments: Sequence[tuple[Decoder, Segment]]) -> Tensor:
+    """Tokens between the history and each draw, int64 [M, L], unused entries -1."""
+    found = [(decoder.paths(seg), sum(seg.outputs)) for decoder, seg in segments]
+    width = max((path.shape[1] for path, _ in found if path is not None), default=0)
+    device = segments[0][1].table.device
+    return torch.cat(
+        [
+            torch.full((count, width), -1, device=device)
+            if path is None
+            else F.pad(path, (0, width - path.shape[1]), value=-1)
+            for path, count in found
+        ]
+    )
 
 
 def _scored_range(request: Request, size: int) -> range:

@@ -33,8 +33,12 @@ class LogitProcessor(Protocol):
         """The index is given back."""
         ...
 
-    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
-        """Change the given rows in place; rows[i] draws for the request at indices[i]."""
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
+        """Change the given rows in place; rows[i] draws for the request at indices[i].
+
+        path_ML: int64, by row of the logits the drafted tokens between the request's known ones and the draw;
+        unused entries are -1.
+        """
         ...
 
     def observe(self, index: int, token: int) -> None:
@@ -69,7 +73,7 @@ class LogitBias:
         """Forget the bias."""
         self._bias.pop(index, None)
 
-    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
         """Add."""
         for row, index in zip(rows, indices, strict=True):
             ids, values = self._bias[index]
@@ -116,14 +120,19 @@ class Penalties:
         for table in (self._seen_V, self._count_V, self._params):
             table.pop(index, None)
 
-    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
         """Penalise."""
         for row, index in zip(rows, indices, strict=True):
-            params, logits_V, count_V = self._params[index], logits_MV[row], self._count_V[index]
+            params, logits_V = self._params[index], logits_MV[row]
+            seen_V, count_V = self._seen_V[index], self._count_V[index]
+            if path_ML.shape[1]:
+                live_L = (path_ML[row] >= 0).float()
+                drafted_V = torch.zeros_like(count_V).index_add_(0, path_ML[row].clamp(min=0), live_L)
+                seen_V, count_V = seen_V | (drafted_V > 0), count_V + drafted_V
             if params.repetition_penalty != 1.0:
                 factor = params.repetition_penalty
                 scaled_V = torch.where(logits_V > 0, logits_V / factor, logits_V * factor)
-                logits_V = torch.where(self._seen_V[index], scaled_V, logits_V)
+                logits_V = torch.where(seen_V, scaled_V, logits_V)
             logits_V = logits_V - params.frequency_penalty * count_V - params.presence_penalty * (count_V > 0)
             logits_MV[row] = logits_V
 
@@ -161,7 +170,7 @@ class AllowedTokens:
         """Forget the mask."""
         self._forbidden_V.pop(index, None)
 
-    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
         """Mask."""
         for row, index in zip(rows, indices, strict=True):
             logits_MV[row].masked_fill_(self._forbidden_V[index], -torch.inf)
@@ -195,11 +204,13 @@ class MinTokens:
         self._stops.pop(index, None)
         self._left.pop(index, None)
 
-    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int]) -> None:
+    def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
         """Mask."""
         for row, index in zip(rows, indices, strict=True):
             if self._left[index] > 0:
-                logits_MV[row, self._stops[index]] = -torch.inf
+                stops = self._stops[index]
+                early = (path_ML[row] >= 0).sum() < self._left[index]
+                logits_MV[row, stops] = logits_MV[row, stops].masked_fill(early, -torch.inf)
 
     def observe(self, index: int, token: int) -> None:
         """One token fewer to wait for."""

@@ -38,6 +38,10 @@ class RequestView(NamedTuple):
     """Pages held by group (for a waiting request: those that a prefix hit would bring)."""
     idle_hits: int = 0
     """Pages of the hit that count as free now and would stop being so."""
+    scratch: int = 0
+    """Slots behind the rows that the step may write too."""
+    most_slots: int = 2**31
+    """Slots that the request needs at most, scratch included."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,16 @@ SCHEDULERS: Registry[SchedulerPolicy] = Registry("scheduler", "scheduler")
 def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...]:
     """Fresh pages by group so that `rows` more slots fit behind the committed ones."""
     return tuple(
-        max(0, -(-(length + rows) // page_size) - held) for length, held in zip(view.kv_len, view.pages, strict=True)
+        max(0, -(-min(length + rows + view.scratch, view.most_slots) // page_size) - held)
+        for length, held in zip(view.kv_len, view.pages, strict=True)
     )
 
 
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
     """Rows for which the pages held and the free ones suffice."""
     return min(
-        (held + spare) * page_size - length for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
+        view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
+        for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
     )
 
 

@@ -83,5 +83,6 @@ def alone(prompt: tuple[int, ...], params_key: str, dtype: str = "float64") -> t
 
 
 def alone_of(request: Request) -> tuple[tuple[int, ...], str | None]:
-    """The same for a request of another engine."""
-    return alone(tuple(request.tokens[: request.prompt_len]), json.dumps(request.params.to_dict()))
+    """The same for a request of another engine, by plain decoding."""
+    params = {**request.params.to_dict(), "decoder": None}
+    return alone(tuple(request.tokens[: request.prompt_len]), json.dumps(params))
