@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, help="JSONL file for the completions; standard output if not given"
     )
     parser.add_argument("--compare", action="store_true", help="also run the same requests one at a time, and compare")
-    add_options(parser, SamplingParams, "sampling", **DEFAULTS)
+    add_options(parser, SamplingParams, "sampling", skip=("decoder",), **DEFAULTS)
     add_options(parser, EngineConfig, "engine", skip=("seed",))
 
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns the exit status."""
     from headrace.llm import LLM  # here, so that --help does not wait for torch
 
-    defaults = read_options(arguments, SamplingParams, **DEFAULTS)
+    defaults = read_options(arguments, SamplingParams, skip=("decoder",), **DEFAULTS)
     jobs = [Job(text, defaults, {}) for text in arguments.prompt]
     if arguments.input is not None:
         jobs += read_jobs(arguments.input, defaults)
