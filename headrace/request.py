@@ -99,6 +99,8 @@ class Request:
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
     """Page ids by group, in the order of slots."""
+    parent: Request | None = None
+    """The first sample of the prompt, whose cache of the prompt this one shares."""
     decoder: str = ""
     """Which of the engine's decoders runs it."""
     drafted: int = 0

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MASK_WORDS = 2
+"""Words of 32 bits in the mask of a row over the rows of its request in this step."""
+
 NONE = -(2**30)
 """Value of `a` that empties a row's first interval of visible slots."""
 
@@ -40,6 +43,11 @@ class StepContext(Protocol):
     @property
     def pos_AR(self) -> Tensor:
         """RoPE positions, int32 [A, R]."""
+        ...
+
+    @property
+    def soft_SE(self) -> Tensor | None:
+        """Inputs that are no tokens, in the model's type: a row with tok < 0 reads entry -1 - tok."""
         ...
 
     def attend(
@@ -70,6 +78,9 @@ class RowTable:
     b: Tensor
     c: Tensor
     bits: Tensor
+    """First word of the row's mask over its second interval of slots, or -1: all of them are visible."""
+    words: Tensor
+    """Masks, bit j of word w for slot 32 w + j of the interval, int32 [R, MASK_WORDS]."""
     row_ptr: Tensor
     reqs: Tensor
 
@@ -90,6 +101,7 @@ class RowTable:
             b=ints(max_rows),
             c=ints(max_rows, fill=1),
             bits=ints(max_rows, fill=-1),
+            words=ints(max_rows, MASK_WORDS),
             row_ptr=ints(max_reqs + 1),
             reqs=ints(max_reqs, fill=ghost),
         )
@@ -111,6 +123,7 @@ class RowTable:
             b=self.b[r],
             c=self.c[r],
             bits=self.bits[r],
+            words=self.words[r],
             row_ptr=self.row_ptr[reqs.start : reqs.stop + 1],
             reqs=self.reqs[b],
         )

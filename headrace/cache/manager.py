@@ -170,6 +170,25 @@ class CacheManager:
         self.hit_tokens += hit.tokens
         self.queried_tokens += request.n_tok
 
+    def fork(self, parent: Request, child: Request, index: int, slots: int) -> None:
+        """Give `child` the first `slots` slots of `parent`: whole pages are shared, the rest of the last is copied."""
+        whole, rest = divmod(slots, self.page_size)
+        child.pages = [pages[:whole] for pages in parent.pages]
+        for g, pages in enumerate(child.pages):
+            for page in pages:
+                self.pools[g].share(page)
+            if rest:
+                fresh = self.pools[g].take()
+                for pool_LKPSD in (self._k_LKPSD[g], self._v_LKPSD[g]):
+                    pool_LKPSD[:, :, fresh] = pool_LKPSD[:, :, parent.pages[g][whole]]
+                pages.append(fresh)
+            self._table.host[g, index, : len(pages)] = pages
+        self._table.touch(index)
+        child.n_done = child.hit_tokens = slots
+        child.published = whole
+        self.hit_tokens += slots
+        self.queried_tokens += child.n_tok
+
     def reserve(self, request: Request, rows: int) -> None:
         """Pages for `rows` slots behind the committed ones."""
         wanted = -(-(request.n_done + rows) // self.page_size)

@@ -30,7 +30,7 @@ from headrace.config import EngineConfig
 from headrace.models.base import CausalLM
 from headrace.registry import Registry
 from headrace.request import Request
-from headrace.step import Commit, RowTable
+from headrace.step import MASK_WORDS, Commit, RowTable
 from headrace.tables import RequestTable
 
 
@@ -64,6 +64,14 @@ class OwnModel(NamedTuple):
     """Hidden states [M, E] of the given rows (int64 [M]); the model's cache is written on the way."""
     kv_len: Sequence[Tensor]
     """Its clock: committed slots in each of its cache groups, int32 [Bmax+1]. The decoder advances it."""
+
+
+class SoftRows(NamedTuple):
+    """A decoder's inputs that are no tokens; it may write them at any time."""
+
+    table_SE: Tensor
+    first: int
+    """A row reads entry i of the table if its `tok` is -1 - (first + i)."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,18 @@ class Segment:
         j_M = torch.arange(sum(self.outputs), device=self.table.device) - self.out_first_B[self.out_entry_M]
         return (self.first_B + self.grant_B - self.n_out_B)[self.out_entry_M] + j_M
 
+    def mask_rows(self, where_X: Tensor, sees_Xk: Tensor) -> None:
+        """Let rows of the segment see only some slots of their second interval.
+
+        where_X: rows of the segment, int64. sees_Xk: bool [X, k], by slot from n + b on, k <= 32 * MASK_WORDS.
+        """
+        words = torch.zeros(len(where_X), MASK_WORDS, dtype=torch.int64, device=where_X.device)
+        for offset in range(sees_Xk.shape[1]):
+            words[:, offset // 32] |= sees_Xk[:, offset].long() << (offset % 32)
+        # The sign bit of an int32 is bit 31.
+        self.rows.words[where_X] = torch.where(words >= 2**31, words - 2**32, words).int()
+        self.rows.bits[where_X] = ((self.rows.row_ptr[0] + where_X) * MASK_WORDS).int()
+
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.table.device)
 
@@ -156,13 +176,15 @@ class Decoder(ABC):
     """Whether rows of a request may see other rows of the step than all before them."""
     models: Sequence[CausalLM] = ()
     """Models of the decoder's own. Their layers get cache beside the target's; `bind` brings the means to run them."""
+    n_soft = 0
+    """Inputs of the decoder's own that are no tokens."""
 
     def __init__(self, setup: Setup) -> None:
         """Raises ConfigError for options that the decoder cannot work with."""
         self.setup = setup
 
-    def bind(self, own: Sequence[OwnModel]) -> None:
-        """The means to run each of `models`."""
+    def bind(self, own: Sequence[OwnModel], soft: SoftRows) -> None:
+        """The means to run each of `models`, and room for the soft rows."""
         return
 
     def admit(self, request: Request) -> None:

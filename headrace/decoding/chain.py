@@ -34,6 +34,7 @@ class ChainDecoder(Decoder):
         self.most = setup.config.draft_tokens
         self.e_max = self.most + 1
         self.draft_BK = torch.zeros(setup.max_reqs + 1, self.most, dtype=torch.int32, device=setup.device)
+        self.count_B = torch.zeros(setup.max_reqs + 1, dtype=torch.int32, device=setup.device)
 
     @abstractmethod
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,8 @@ class ChainDecoder(Decoder):
         """
 
     def admit(self, request: Request) -> None:
-        """Nothing is drafted yet; `Clocks.drafted` says so."""
+        """Nothing is drafted yet."""
+        self.count_B[request.index] = 0
 
     def demand(self, clocks: Clocks) -> Demand:
         """Pending tokens and drafts; one row is enough for progress."""
@@ -79,7 +81,8 @@ class ChainDecoder(Decoder):
         drawn_BW = at_BW < seg.n_out_B[:, None]
         place_BW = seg.out_first_B[:, None] + at_BW.minimum(seg.n_out_B[:, None] - 1)
         id_BW = id_M[place_BW]
-        hit_BK = (id_BW[:, :-1] == self.draft_BK[reqs_B]) & drawn_BW[:, 1:]
+        drafted_BK = drawn_BW[:, 1:] & (step_W[:-1] < self.count_B[reqs_B][:, None])
+        hit_BK = drafted_BK & (id_BW[:, :-1] == self.draft_BK[reqs_B])
         accepted_B = hit_BK.int().cumprod(1).sum(1)
         complete_B = seg.grant_B >= pending_B
         return Commit(
@@ -98,4 +101,5 @@ class ChainDecoder(Decoder):
         decodes_B = (n_tok_B - table.n_done[reqs_B] == 1) & (table.finish[reqs_B] == 0)
         draft_BK, count_B = self.propose(seg, torch.where(decodes_B, room_B, 0))
         self.draft_BK[reqs_B] = draft_BK
+        self.count_B[reqs_B] = count_B
         return count_B

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headrace.decoding.base import DECODERS, OwnModel, Segment, Setup, Span
+from headrace.decoding.base import DECODERS, OwnModel, Segment, Setup, SoftRows, Span
 from headrace.decoding.chain import ChainDecoder
 from headrace.errors import ConfigError
 from headrace.kernels.draw import DrawParams, draw
@@ -56,7 +56,7 @@ class DraftModel(ChainDecoder):
         # Scratch slots written behind the draft model's committed ones, by request index.
         self._written_B = torch.zeros(setup.max_reqs + 1, dtype=torch.int32, device=setup.device)
 
-    def bind(self, own: Sequence[OwnModel]) -> None:
+    def bind(self, own: Sequence[OwnModel], soft: SoftRows) -> None:
         """The draft model's own pass, and its clock."""
         ((self._evaluate, self._kv_len_GB),) = own
 

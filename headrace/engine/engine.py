@@ -50,6 +50,8 @@ class EngineStats:
     aborts: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    forks: int = 0
+    """Samples that began with the cache of their prompt's first sample."""
     chunks: int = 0
     """Grants that cut a prompt."""
 
@@ -141,6 +143,7 @@ class Engine:
             for sample in range(params.n)
         ]
         for request in samples:
+            request.parent = samples[0] if request.sample else None
             self._enqueue(request)
         return samples
 
@@ -208,6 +211,8 @@ class Engine:
         for request in self._waiting:
             if len(waiting) >= seats or wanted >= self.budget:
                 break
+            if self._parent_is_due(request):
+                continue
             waiting.append(self._view(request))
             wanted += waiting[-1].most
         return Snapshot(
@@ -223,7 +228,10 @@ class Engine:
         running = request.index >= 0
         groups = len(self.cache.groups)
         done, idle = request.n_done, 0
-        if not running:
+        parent = self._parent_to_fork(request)
+        if parent is not None:
+            done = request.prompt_len - 1
+        elif not running:
             done, idle = self.cache.look_up(request)
         demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
         return RequestView(
@@ -240,15 +248,38 @@ class Engine:
             idle_hits=idle,
         )
 
+    def _parent_is_due(self, request: Request) -> bool:
+        """Whether the first sample of the prompt is about to make the cache that this one can share."""
+        parent = request.parent
+        if parent is None or parent.state is State.FINISHED or request.n_tok > request.prompt_len:
+            return False
+        if request.scores_prompt:
+            return False
+        return parent.n_done < request.prompt_len - 1
+
+    def _parent_to_fork(self, request: Request) -> Request | None:
+        """The first sample, if its cache holds the prompt and this one may start from it."""
+        parent = request.parent
+        if parent is None or request.index >= 0 or parent.index < 0 or request.scores_prompt:
+            return None
+        fresh = request.n_tok == request.prompt_len
+        return parent if fresh and parent.n_done >= request.prompt_len - 1 > 0 else None
+
     def _admit(self, schedule: Schedule) -> list[Granted]:
         """Take indices and pages for the grants."""
         for key in schedule.admitted:
             place = bisect.bisect_left(self._waiting, key, key=lambda r: r.arrival)
             request = self._waiting.pop(place)
+            parent = self._parent_to_fork(request)
             request.move(State.RUNNING)
             request.index = self._free_indices.pop()
             self._running[request.arrival] = request
-            self.cache.admit(request, request.index)
+            if parent is not None:
+                # The last token of the prompt is evaluated again: each sample draws from its logits for itself.
+                self.cache.fork(parent, request, request.index, request.prompt_len - 1)
+                self.stats.forks += 1
+            else:
+                self.cache.admit(request, request.index)
             self.table.admit(request, request.index)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
             for processor in self._processors[request.index]:
@@ -344,7 +375,7 @@ class Engine:
         if finish is Finish.ERROR:
             request.error = NumericalError(
                 f"request {request.request_id}: the logits of token {request.n_tok} hold NaN or nothing finite, so no "
-                "token can be drawn: check the weights, logit_bias and allowed_token_ids, or use a wider dtype"
+                "token can be drawn: check the weights, what the request's parameters forbid, or use a wider dtype"
             )
         request.move(State.FINISHED)
         self.stats.finished += 1

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.cache.manager import CacheManager
-from headrace.decoding.base import Decoder, OwnModel, Segment, Span
+from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import Committed, apply_commit, join, moves
 from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import Drawn, DrawParams, draw
@@ -97,7 +97,9 @@ class _Context:
         self._table = runner.table
         self._first_layer = stream.first_layer
         self.pos_AR = rows.pos
-        self._rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs)
+        self.soft_SE = runner.soft_SE if stream is runner.target else None
+        masks = (rows.bits, rows.words.flatten()) if runner.has_trees else ()
+        self._rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
         req_R = rows.req.long()
         self._plans: dict[int, AttentionPlan] = {}
         self._place_R: dict[int, Tensor] = {}
@@ -167,9 +169,15 @@ class Runner:
             OwnModel(partial(self._evaluate, stream), table.kv_len_of(number))
             for number, stream in enumerate(streams[1:], 1)
         ]
+        weight = next(self.model.parameters())
+        soft_SE = weight.new_zeros(sum(d.n_soft for d in decoders.values()), self.model.config.hidden_size)
+        self.soft_SE = soft_SE if len(soft_SE) else None
+        self.has_trees = any(d.tree for d in decoders.values())
+        first = 0
         for decoder in decoders.values():
             mine, own = own[: len(decoder.models)], own[len(decoder.models) :]
-            decoder.bind(mine)
+            decoder.bind(mine, SoftRows(soft_SE[first : first + decoder.n_soft], first))
+            first += decoder.n_soft
 
     @torch.inference_mode()
     def execute(self, granted: Sequence[Granted], processors: ProcessorRequests = ()) -> StepReport:

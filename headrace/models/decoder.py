@@ -89,7 +89,7 @@ class DecoderLM(CausalLM):
 
         Of the rows that are not wanted the last layer computes keys and values and nothing else: nobody reads more.
         """
-        x_RE = F.embedding(tok_R, self.embed_VE)
+        x_RE = embed(tok_R, self.embed_VE, ctx.soft_SE)
         cos_R1D, sin_R1D = self.rotary(ctx.pos_AR[0])
         blocks = self._blocks()
         for block in blocks:
@@ -110,6 +110,15 @@ class DecoderLM(CausalLM):
         if not self.config.tie_word_embeddings:
             found["lm_head.weight"] = [self.head_VE.data]
         return found
+
+
+def embed(tok_R: Tensor, embed_VE: Tensor, soft_SE: Tensor | None) -> Tensor:
+    """Inputs [R, E] of the rows: the token's embedding, or for tok < 0 entry -1 - tok of `soft_SE`."""
+    if soft_SE is None:
+        return F.embedding(tok_R, embed_VE)
+    is_soft_R = tok_R < 0
+    soft_RE = F.embedding((-1 - tok_R).clamp(min=0), soft_SE)
+    return torch.where(is_soft_R[:, None], soft_RE, F.embedding(tok_R.clamp(min=0), embed_VE))
 
 
 def usable_len(config: ModelConfig, max_model_len: int | None) -> int:

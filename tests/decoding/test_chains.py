@@ -29,7 +29,7 @@ REPEATING = (7, 8, 9, 10) * 6
 
 @pytest.fixture(autouse=True)
 def _tenants() -> Iterator[None]:
-    with tenants.registered(*tenants.CHAINS.items()):
+    with tenants.registered(*tenants.TENANTS.items()):
         yield
 
 
@@ -50,7 +50,7 @@ def drafter() -> Iterator[str]:
 
 def names() -> list[str]:
     """All decoders, those of the tests included."""
-    return [*(name for name in DECODERS.names() if name not in tenants.CHAINS), *tenants.CHAINS]
+    return [*(name for name in DECODERS.names() if name not in tenants.TENANTS), *tenants.TENANTS]
 
 
 ALL = names()

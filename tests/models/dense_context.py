@@ -36,6 +36,7 @@ class DenseContext:
     def __init__(self, cache: DenseCache, seq_R: Tensor, t_R: Tensor) -> None:
         self.cache, self.seq_R, self.t_R = cache, seq_R, t_R
         self.pos_AR = t_R.to(torch.int32)[None]
+        self.soft_SE = None
         self.layers: list[int] = []
 
     def attend(
