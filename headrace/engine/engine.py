@@ -170,6 +170,11 @@ class Engine:
         return bool(self._running or self._waiting)
 
     @property
+    def running(self) -> list[Request]:
+        """The requests that hold a request index, in the order of their admission."""
+        return list(self._running.values())
+
+    @property
     def n_running(self) -> int:
         """Requests that hold a request index."""
         return len(self._running)
