@@ -82,9 +82,7 @@ def test_tokens_depend_on_neither_priority_nor_deadline(scheduler: str, events: 
         while queue or engine.has_work:
             while queue and queue[0][1][0] <= step:
                 number, (_, prompt, params, priority, deadline_s) = queue.pop(0)
-                requests += engine.add(
-                    prompt, params, request_id=str(number), priority=priority, deadline_s=deadline_s
-                )
+                requests += engine.add(prompt, params, request_id=str(number), priority=priority, deadline_s=deadline_s)
             before = {r.request_id: (r.state, r.preemptions) for r in requests}
             changed = engine.step()
             note(events, requests, before)

@@ -169,9 +169,7 @@ def test_every_request_finishes(name: str, events: Counter[str]) -> None:
         spare=st.integers(0, 20),
         seats=st.sampled_from([1, 3, 100]),
     )
-    def run(
-        sizes: list[tuple[int, int, int, int]], budget: int, page_size: int, spare: int, seats: int
-    ) -> None:
+    def run(sizes: list[tuple[int, int, int, int]], budget: int, page_size: int, spare: int, seats: int) -> None:
         longest = max(-(-(p + o) // page_size) for p, o, _, _ in sizes)
         sizes.sort(key=lambda size: size[3])
         requests = [SimulatedRequest(i, p, o, rank, comes) for i, (p, o, rank, comes) in enumerate(sizes)]
