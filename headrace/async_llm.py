@@ -144,9 +144,9 @@ class AsyncLLM:
         for stream in self._coming:
             stream.aborted |= stream.request_id == request_id
         self._room.dismiss(request_id)
-        done = _Abort(request_id)
-        self._worker.post(done)
-        await done.news.wait()
+        done = _News()
+        self._worker.post(_Abort(request_id, news=done))
+        await done.wait()
 
     async def shutdown(self) -> None:
         """Stop after the step that runs. Requests in flight end with the reason `abort` and the tokens they have;
@@ -282,7 +282,8 @@ class _Abort:
 
     request_id: str
     stream: _Stream | None = None
-    news: _News = field(default_factory=_News)
+    news: _News | None = None
+    """Rung when it is done."""
 
 
 class _Fate(enum.Enum):
@@ -472,7 +473,8 @@ class _Worker:
             return
         if item.stream is None or self._streams.get(item.request_id) is item.stream:
             self._deliver(self._engine.abort(item.request_id))
-        self._rung[item.news] = None
+        if item.news is not None:
+            self._rung[item.news] = None
 
     def _add(self, stream: _Stream) -> None:
         try:
@@ -540,6 +542,7 @@ class _Worker:
             if isinstance(item, _Stream):
                 item.fail(self.death())
                 self._free_seat(item)
-            self._rung[item.news] = None
+            if item.news is not None:
+                self._rung[item.news] = None
         self._streams.clear()
         _ring(self._rung)
