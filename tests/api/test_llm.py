@@ -165,7 +165,7 @@ def test_priorities_order_a_batch_and_change_no_token(llm: LLM) -> None:
     assert len(finish_s) == 3
     assert [o.outputs[0].text for o in small.generate(PROMPTS[:3], params)] == [o.outputs[0].text for o in outputs]
     for bad in ([0, 1], [0, 1, "2"]):
-        with pytest.raises(RequestError, match="2 priorities for 3 prompts|priority is '2'"):
+        with pytest.raises(RequestError, match=r"2 priorities for 3 prompts|priority is '2'"):
             small.generate(PROMPTS[:3], params, priority=bad)
     small.engine.check_idle()
     assert not small.engine.has_work
