@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from headrace.async_llm import AsyncLLM
     from headrace.llm import LLM
     from headrace.outputs import CompletionOutput, RequestOutput, ScoreOutput
     from headrace.params import SamplingParams
 
 _HOMES = {
     "LLM": "headrace.llm",
+    "AsyncLLM": "headrace.async_llm",
     "SamplingParams": "headrace.params",
     "RequestOutput": "headrace.outputs",
     "CompletionOutput": "headrace.outputs",
     "ScoreOutput": "headrace.outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "ScoreOutput", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "ScoreOutput", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

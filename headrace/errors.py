@@ -31,6 +31,14 @@ class CapacityError(HeadraceError):
     """More memory was asked for than there is."""
 
 
+class QueueFullError(HeadraceError):
+    """As many requests are unfinished as may be; nothing was queued. Come again, or wait for room."""
+
+
+class EngineDeadError(HeadraceError):
+    """The engine behind an interface has stopped: it failed (see `__cause__`) or was shut down."""
+
+
 class NumericalError(HeadraceError):
     """The model produced logits that no token can be drawn from (NaN, or nothing finite)."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,66 +20,16 @@ from tqdm import tqdm
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError, TokenizerError
+from headrace.front import Encoded, Prompt, TextFront, TextHook
 from headrace.models.checkpoint import load_model, resolve_model
 from headrace.models.registry import read_config
-from headrace.outputs import CompletionOutput, RequestMetrics, RequestOutput, ScoreOutput
+from headrace.outputs import RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
-from headrace.request import Logprob, PositionLogprobs, Request
-from headrace.text.detokenize import IncrementalDetokenizer
-from headrace.text.stop import StopMatcher
+from headrace.request import Request
 from headrace.text.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "headrace-py-16m"
 BUNDLED_DRAFT = Path(__file__).parent / "assets" / "headrace-py-draft"
-
-Prompt = str | dict[str, Any] | list[int]
-"""Text, token ids, or a dict with `prompt` or `prompt_token_ids`."""
-
-TextHook = Callable[[Request, str], None]
-"""Called with a request and the text that has become certain."""
-
-
-class _TextStream:
-    """The text of one output as it grows, up to its stop string."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        params = request.params
-        prompt_ids = request.tokens[: request.prompt_len]
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
-        stops = params.stop_strings
-        self._matcher = StopMatcher(stops, params.include_stop_str_in_output) if stops else None
-        self._unwatched = params.min_tokens
-        self.text = ""
-        self.stopped: str | None = None
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Take tokens; returns the text that is certain now. Stop strings count from `min_tokens` on."""
-        return "".join(map(self._push_one, tokens))
-
-    def _push_one(self, token: int) -> str:
-        new = self._detokenizer.push(token)
-        if self._unwatched > 0:
-            self._unwatched -= 1
-            self.text += new
-            return new
-        return self._accept(new)
-
-    def close(self) -> str:
-        """The output has ended; returns what was held back."""
-        if self.stopped is not None:
-            return ""
-        new = self._accept(self._detokenizer.finish())
-        if self._matcher and self.stopped is None:
-            rest = self._matcher.flush()
-            self.text += rest
-            new += rest
-        return new
-
-    def _accept(self, new: str) -> str:
-        if self._matcher and self.stopped is None:
-            new, self.stopped = self._matcher.push(new)
-        self.text += new
-        return new
 
 
 class LLM:
@@ -118,9 +68,7 @@ class LLM:
         )
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
         self.engine = Engine(self.config, network, eos_ids=eos_ids)
-        self.engine.on_token = self._on_token
-        self._streams: dict[int, _TextStream] = {}
-        self._on_text: TextHook | None = None
+        self.front = TextFront(self.engine, self.tokenizer)
         self._ids = itertools.count()
 
     # Generation
@@ -130,23 +78,26 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
+        deadline_s: float | None = None,
         use_tqdm: bool = False,
         on_text: TextHook | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts; outputs are in the order of the prompts.
 
-        One params object serves all prompts, or one a prompt. Raises RequestError before anything runs if any
-        prompt or parameter is bad. `on_text(request, text)` is called as text becomes certain.
+        One params object serves all prompts, or one a prompt; so does `priority`, and the lower number is served
+        first. What is not finished after `deadline_s` seconds ends with the tokens it has and the reason `timeout`.
+        Raises RequestError before anything runs if any prompt or parameter is bad. `on_text(request, text)` is called
+        as text becomes certain.
         """
         batch = _as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
-        encoded = [self._encode(prompt) for prompt in batch]
-        self._on_text = on_text
+        encoded = [self.front.encode(prompt) for prompt in batch]
+        self.front.on_text = on_text
         try:
-            return self._run(encoded, params, use_tqdm)
+            return self._run(encoded, params, use_tqdm, _as_priorities(priority, len(batch)), deadline_s)
         finally:
-            self._on_text = None
-            self._streams.clear()
+            self.front.on_text = None
 
     def chat(
         self,
@@ -154,10 +105,12 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
+        priority: int | Sequence[int] = 0,
+        deadline_s: float | None = None,
         use_tqdm: bool = False,
         on_text: TextHook | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, each a list of {"role", "content"}, through the model's chat template."""
+        """Answer conversations, each a list of {"role", "content"}, through the chat template: see `generate`."""
         if self.tokenizer is None:
             raise TokenizerError("chat needs the tokenizer's template: leave out skip_tokenizer_init")
         single = bool(messages) and isinstance(messages[0], dict)
@@ -166,7 +119,9 @@ class LLM:
             {"prompt_token_ids": self.tokenizer.encode_chat(one, add_generation_prompt=add_generation_prompt)}
             for one in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_text=on_text)
+        return self.generate(
+            prompts, sampling_params, priority=priority, deadline_s=deadline_s, use_tqdm=use_tqdm, on_text=on_text
+        )
 
     def score(
         self,
@@ -181,39 +136,49 @@ class LLM:
         (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs.
         """
         batch = _as_batch(prompts)
-        heads = [self._encode(prompt)[0] for prompt in batch]
+        heads = [self.front.encode(prompt)[0] for prompt in batch]
         tails: list[list[int]] = [[] for _ in batch]
         if continuations is not None:
-            tails = [self._encode(tail, special=False)[0] for tail in _as_batch(continuations)]
+            tails = [self.front.encode(tail, special=False)[0] for tail in _as_batch(continuations)]
             if len(tails) != len(heads):
                 raise RequestError(f"{len(tails)} continuations for {len(heads)} prompts: give one a prompt")
         params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        encoded: list[tuple[list[int], str | None]] = [(h + t, None) for h, t in zip(heads, tails, strict=True)]
-        outputs = self._run(encoded, [params] * len(encoded), use_tqdm)
+        encoded: list[Encoded] = [(h + t, None) for h, t in zip(heads, tails, strict=True)]
+        outputs = self._run(encoded, [params] * len(encoded), use_tqdm, [0] * len(encoded), None)
         return [
             _as_score(output, len(head) if continuations is not None else 1)
             for output, head in zip(outputs, heads, strict=True)
         ]
 
     def _run(
-        self, encoded: Sequence[tuple[list[int], str | None]], params: Sequence[SamplingParams], use_tqdm: bool
+        self,
+        encoded: Sequence[Encoded],
+        params: Sequence[SamplingParams],
+        use_tqdm: bool,
+        priorities: Sequence[int],
+        deadline_s: float | None,
     ) -> list[RequestOutput]:
         queued: list[list[Request]] = []
         try:
-            for number, ((tokens, text), one) in enumerate(zip(encoded, params, strict=True)):
-                if one.stop_strings and self.tokenizer is None:
-                    raise RequestError("stop strings need the tokenizer: leave out skip_tokenizer_init")
+            for number, (prompt, one, priority) in enumerate(zip(encoded, params, priorities, strict=True)):
                 request_id = str(next(self._ids))
-                queued.append(self.engine.add(tokens, one, request_id=request_id, prompt=text, number=number))
+                queued.append(
+                    self.front.add(
+                        prompt, one, request_id=request_id, number=number, priority=priority, deadline_s=deadline_s
+                    )
+                )
             total = sum(map(len, queued))
             with tqdm(total=total, desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 self._drain(bar)
+            return [self.front.output(samples) for samples in queued]
         except BaseException:
             # An interrupted call must not leave requests behind that the next call would run.
             for samples in queued:
                 self.engine.abort(samples[0].request_id)
             raise
-        return [self._output(samples) for samples in queued]
+        finally:
+            for samples in queued:
+                self.front.forget(samples)
 
     def _drain(self, bar: Any) -> None:
         start_tokens = self.engine.stats.output_tokens
@@ -221,108 +186,10 @@ class LLM:
             for request in self.engine.step():
                 if request.finish:
                     bar.update()
-                    self._close(request)
+                    self.front.close(request)
             tokens = self.engine.stats.output_tokens - start_tokens
             elapsed_s = bar.format_dict["elapsed"] or 1e-9
             bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
-
-    # Text
-
-    def _on_token(self, request: Request, tokens: list[int]) -> str | None:
-        """Text is only made as the tokens come where somebody waits for it: a stop string or a listener."""
-        if self.tokenizer is None or not (request.params.stop_strings or self._on_text):
-            return None
-        if not request.params.detokenize:
-            return None
-        stream = self._streams.get(request.arrival)
-        if stream is None:
-            stream = self._streams[request.arrival] = _TextStream(request, self.tokenizer)
-            tokens = request.output_ids
-        new = stream.push(tokens)
-        if new and self._on_text:
-            self._on_text(request, new)
-        return stream.stopped
-
-    def _close(self, request: Request) -> None:
-        stream = self._streams.get(request.arrival)
-        if stream is not None:
-            rest = stream.close()
-            if rest and self._on_text:
-                self._on_text(request, rest)
-
-    def _text(self, request: Request) -> str:
-        if self.tokenizer is None or not request.params.detokenize:
-            return ""
-        stream = self._streams.get(request.arrival)
-        if stream is None:
-            stream = _TextStream(request, self.tokenizer)
-            stream.push(request.output_ids)
-            stream.close()
-        return stream.text
-
-    def _encode(self, prompt: Prompt, special: bool = True) -> tuple[list[int], str | None]:
-        """Token ids and, where it was given, the text."""
-        text: str
-        if isinstance(prompt, str):
-            text = prompt
-        elif isinstance(prompt, list):
-            return prompt, None
-        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            return list(prompt["prompt_token_ids"]), prompt.get("prompt")
-        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
-            text = prompt["prompt"]
-        else:
-            raise RequestError(
-                f"a prompt is {type(prompt).__name__} {prompt!r:.80}; give text, token ids, "
-                'or {"prompt": ...} or {"prompt_token_ids": [...]}'
-            )
-        if self.tokenizer is None:
-            raise RequestError(
-                "a text prompt needs the tokenizer: pass prompt_token_ids or leave out skip_tokenizer_init"
-            )
-        return self.tokenizer.encode(text, add_special_tokens=special), text
-
-    def _output(self, samples: Sequence[Request]) -> RequestOutput:
-        first = samples[0]
-        scores = first.params.prompt_logprobs is not None
-        return RequestOutput(
-            request_id=first.request_id,
-            prompt=first.prompt,
-            prompt_token_ids=first.tokens[: first.prompt_len],
-            prompt_logprobs=[p and self._named(p) for p in first.prompt_logprobs or [None]] if scores else None,
-            outputs=[self._completion(i, request) for i, request in enumerate(samples)],
-            finished=all(request.finish for request in samples),
-            seed=first.seed,
-            metrics=RequestMetrics(
-                arrival_s=first.arrival_s,
-                first_token_s=min((s.first_token_s for s in samples if s.first_token_s is not None), default=None),
-                finish_s=max((s.finish_s for s in samples if s.finish_s is not None), default=None),
-                cached_tokens=first.hit_tokens,
-                preemptions=sum(s.preemptions for s in samples),
-            ),
-        )
-
-    def _completion(self, index: int, request: Request) -> CompletionOutput:
-        wants = request.params.logprobs is not None
-        return CompletionOutput(
-            index=index,
-            text=self._text(request),
-            token_ids=request.output_ids,
-            cumulative_logprob=sum(request.token_logprobs) if wants else None,
-            logprobs=[self._named(position) for position in request.top_logprobs] if wants else None,
-            finish_reason=request.finish.reason,
-            stop_reason=request.stop_reason,
-            error=request.error,
-        )
-
-    def _named(self, position: PositionLogprobs) -> PositionLogprobs:
-        """The same with each token's text."""
-        if self.tokenizer is None:
-            return position
-        return {
-            token: Logprob(p.logprob, p.rank, self.tokenizer.decode([token], skip_special_tokens=False))
-            for token, p in position.items()
-        }
 
 
 def _choose_device(name: str) -> torch.device:
@@ -351,6 +218,14 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if not isinstance(params, Iterable) or len(params) != count:
         raise RequestError(f"{len(params)} sampling params for {count} prompts: give one for all, or one a prompt")
     return list(params)
+
+
+def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(priority, Sequence):
+        return [priority] * count
+    if len(priority) != count:
+        raise RequestError(f"{len(priority)} priorities for {count} prompts: give one for all, or one a prompt")
+    return list(priority)
 
 
 def _as_score(output: RequestOutput, scored_from: int) -> ScoreOutput:

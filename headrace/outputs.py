@@ -19,7 +19,7 @@ class CompletionOutput:
     """Sum of the drawn tokens' log-probs under the model's own distribution."""
     logprobs: list[PositionLogprobs] | None
     finish_reason: str | None
-    """`stop`, `length`, `abort` or `error`; None while running."""
+    """`stop`, `length`, `abort`, `error` or `timeout`; None while running."""
     stop_reason: int | str | None = None
     error: HeadraceError | None = None
 

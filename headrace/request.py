@@ -14,7 +14,7 @@ from typing import Any
 from headrace.errors import HeadraceError, InvariantError, RequestError
 from headrace.params import SamplingParams
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 class State(enum.Enum):
@@ -46,6 +46,7 @@ class Finish(enum.IntEnum):
     LENGTH = 2
     ABORT = 3
     ERROR = 4
+    TIMEOUT = 5
 
     @property
     def reason(self) -> str | None:
@@ -83,7 +84,11 @@ class Request:
     """Bound on the number of tokens known."""
     stop_ids: tuple[int, ...]
     arrival: int = 0
-    """Order among requests; a preempted one keeps its place."""
+    """Order among requests of one priority; a preempted one keeps its place."""
+    priority: int = 0
+    """The lower number goes first. Decides when tokens come, never which."""
+    deadline_at_s: float | None = None
+    """Time on the engine's clock from which on the request is ended where it stands."""
     prompt: str | None = None
     state: State = State.WAITING
     index: int = -1
@@ -134,6 +139,11 @@ class Request:
         return self.tokens[self.prompt_len :]
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Place among all requests: by priority, then by arrival."""
+        return self.priority, self.arrival
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether prompt rows must be evaluated for their log-probs (so that no prefix may be skipped)."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
@@ -144,8 +154,19 @@ class Request:
             raise InvariantError(f"request {self.request_id}: no move from {self.state.value} to {state.value}")
         self.state = state
 
-    def to_record(self) -> dict[str, Any]:
-        """The portable record: plain data that JSON can carry."""
+    def to_record(self, now_s: float | None = None) -> dict[str, Any]:
+        """The portable record: plain data that JSON can carry.
+
+        A deadline travels as the seconds left, since clocks of two machines share no zero: give `now_s`, the time on
+        the engine's clock (`Engine.export` does). Time on the way does not count. Raises InvariantError for a
+        request with a deadline and no `now_s`.
+        """
+        if self.deadline_at_s is not None and now_s is None:
+            raise InvariantError(
+                f"request {self.request_id} has a deadline, and its record holds the seconds left: pass now_s, "
+                "or call Engine.export"
+            )
+        left_s = None if self.deadline_at_s is None or now_s is None else self.deadline_at_s - now_s
         return {
             "version": RECORD_VERSION,
             "request_id": self.request_id,
@@ -159,13 +180,16 @@ class Request:
             "top_logprobs": [_plain(p) for p in self.top_logprobs],
             "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
             "preemptions": self.preemptions,
+            "priority": self.priority,
+            "deadline_left_s": left_s,
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any], **derived: Any) -> Request:
         """A request in WAITING that continues where the record was taken.
 
-        `derived` are the fields the engine computes from its own configuration (stream, limit, stop_ids).
+        `derived` are the fields the engine computes from its own configuration and clock (stream, limit, stop_ids,
+        deadline_at_s).
         Raises RequestError if the record has another version.
         """
         if record.get("version") != RECORD_VERSION:
@@ -185,6 +209,7 @@ class Request:
             top_logprobs=[_rich(p) or {} for p in record["top_logprobs"]],
             prompt_logprobs=[_rich(p) for p in record["prompt_logprobs"]],
             preemptions=record["preemptions"],
+            priority=record["priority"],
             **derived,
         )
 

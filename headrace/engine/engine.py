@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class EngineStats:
     finished: int = 0
     preemptions: int = 0
     aborts: int = 0
+    timeouts: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     forks: int = 0
@@ -59,9 +61,18 @@ class EngineStats:
 class Engine:
     """Generates tokens for requests, all of them a step at a time. Not thread-safe: one owner calls it."""
 
-    def __init__(self, config: EngineConfig, model: CausalLM, *, eos_ids: Sequence[int] = ()) -> None:
-        """Size cache and step, and build the tables. Raises ConfigError or CapacityError."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: CausalLM,
+        *,
+        eos_ids: Sequence[int] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. Raises
+        ConfigError or CapacityError."""
         self.config = config
+        self.clock = clock
         self.model = model
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = model.config.vocab_size
@@ -106,6 +117,7 @@ class Engine:
         self._waiting: list[Request] = []
         self._by_id: dict[str, list[Request]] = {}
         self._arrivals = 0
+        self._next_deadline_s = math.inf  # no deadline of an unfinished request is earlier
 
     # Requests come and go
 
@@ -117,12 +129,20 @@ class Engine:
         request_id: str,
         prompt: str | None = None,
         number: int | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        arrival_s: float | None = None,
     ) -> list[Request]:
         """Queue the `n` samples of a prompt. Raises RequestError for what can never be served.
 
-        `number` keys the noise when the parameters bring no seed: the request's index in its batch.
+        `number` keys the noise when the parameters bring no seed: the request's index in its batch. Requests are
+        served in the order of (priority, arrival), the lower number first. One that is not finished `deadline_s`
+        seconds after its arrival ends at the next step with the tokens it has and the reason `timeout`. `arrival_s`:
+        when it came, on the engine's clock, if that was before now.
         """
+        check_urgency(priority, deadline_s)
         tokens = self._checked_prompt(prompt_ids, params)
+        arrival_s = self.clock() if arrival_s is None else arrival_s
         if request_id in self._by_id:
             raise RequestError(f"request_id {request_id!r} is in use: choose another one")
         seed = params.seed
@@ -138,6 +158,9 @@ class Engine:
                 params=params,
                 seed=seed,
                 sample=sample,
+                priority=priority,
+                deadline_at_s=None if deadline_s is None else arrival_s + deadline_s,
+                arrival_s=arrival_s,
                 **self._derived(params, len(tokens), seed, sample),
             )
             for sample in range(params.n)
@@ -153,8 +176,15 @@ class Engine:
         derived = self._derived(params, record["prompt_len"], record["seed"], record["sample"])
         request = Request.from_record(record, **derived)
         self._checked_prompt(request.tokens[:-1] or request.tokens, params)
+        request.arrival_s = self.clock()
+        left_s = record["deadline_left_s"]
+        request.deadline_at_s = None if left_s is None else request.arrival_s + left_s
         self._enqueue(request)
         return request
+
+    def export(self, request: Request) -> dict[str, Any]:
+        """The portable record of a request as it stands now; the request itself goes on."""
+        return request.to_record(self.clock())
 
     def abort(self, request_id: str) -> list[Request]:
         """End all samples of a request now. Unknown or finished ids are no error. Returns those that ended."""
@@ -188,17 +218,31 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Run one step. Returns the requests that got tokens or ended in it."""
+        late = self._end_late()
         schedule = self._schedule()
         granted = self._admit(schedule)
         if not granted:
-            return []
+            return late
         self.table.flush()
         self.cache.flush()
         report = self.runner.execute(granted, self._processor_rows(granted))
         changed = self._collect(granted, report)
         if self.config.check_invariants:
             self.audit()
-        return changed
+        return late + changed
+
+    def _end_late(self) -> list[Request]:
+        """End the requests whose deadline has passed; returns them."""
+        if self._next_deadline_s == math.inf or (now_s := self.clock()) < self._next_deadline_s:
+            return []
+        timed = [r for group in self._by_id.values() for r in group if r.deadline_at_s is not None]
+        late = [r for r in timed if r.deadline_at_s is not None and r.deadline_at_s <= now_s]
+        for request in late:
+            self.stats.timeouts += 1
+            self._finish(request, Finish.TIMEOUT)
+        open_s = [r.deadline_at_s for r in timed if r.deadline_at_s is not None and not r.finish]
+        self._next_deadline_s = min(open_s, default=math.inf)
+        return late
 
     def _schedule(self) -> Schedule:
         """Compose grants; preempt until the composer is content."""
@@ -209,12 +253,14 @@ class Engine:
             self._preempt(self._running[schedule.victim])
 
     def snapshot(self) -> Snapshot:
-        """What the scheduler sees. Waiting requests beyond the budget are left out: they could get no row."""
+        """What the scheduler sees. Waiting requests beyond the budget are left out: they could get no row. Those
+        without a seat too, unless a request of lower priority has one."""
         waiting: list[RequestView] = []
         wanted = 0
         seats = self.config.max_num_seqs - len(self._running)
+        lowest = max((r.priority for r in self._running.values()), default=-math.inf)
         for request in self._waiting:
-            if len(waiting) >= seats or wanted >= self.budget:
+            if (len(waiting) >= seats and request.priority >= lowest) or wanted >= self.budget:
                 break
             if self._parent_is_due(request):
                 continue
@@ -251,6 +297,7 @@ class Engine:
             kv_len=(done,) * groups,
             pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
             idle_hits=idle,
+            priority=request.priority,
         )
 
     def _parent_is_due(self, request: Request) -> bool:
@@ -273,7 +320,7 @@ class Engine:
     def _admit(self, schedule: Schedule) -> list[Granted]:
         """Take indices and pages for the grants."""
         for key in schedule.admitted:
-            place = bisect.bisect_left(self._waiting, key, key=lambda r: r.arrival)
+            place = next(i for i, r in enumerate(self._waiting) if r.arrival == key)  # near the front
             request = self._waiting.pop(place)
             parent = self._parent_to_fork(request)
             request.move(State.RUNNING)
@@ -311,7 +358,7 @@ class Engine:
 
     def _collect(self, granted: Sequence[Granted], report: StepReport) -> list[Request]:
         """Append what was committed, publish whole pages, end what has ended."""
-        now_s = time.perf_counter()
+        now_s = self.clock()
         changed: list[Request] = []
         for i, (request, _) in enumerate(granted):
             request.n_done += report.n_kv[i]
@@ -368,7 +415,7 @@ class Engine:
         request.move(State.PREEMPTED)
         request.preemptions += 1
         self.stats.preemptions += 1
-        bisect.insort(self._waiting, request, key=lambda r: r.arrival)
+        bisect.insort(self._waiting, request, key=_rank)
 
     def _finish(self, request: Request, finish: Finish) -> None:
         if request.index >= 0:
@@ -376,7 +423,7 @@ class Engine:
         else:
             self._waiting.remove(request)
         request.finish = finish
-        request.finish_s = time.perf_counter()
+        request.finish_s = self.clock()
         if finish is Finish.ERROR:
             request.error = NumericalError(
                 f"request {request.request_id}: the logits of token {request.n_tok} hold NaN or nothing finite, so no "
@@ -436,11 +483,12 @@ class Engine:
 
     def _enqueue(self, request: Request) -> None:
         request.arrival = self._arrivals
-        request.arrival_s = time.perf_counter()
         self._arrivals += 1
+        if request.deadline_at_s is not None:
+            self._next_deadline_s = min(self._next_deadline_s, request.deadline_at_s)
         self.stats.requests += 1
         self.stats.prompt_tokens += request.prompt_len
-        self._waiting.append(request)
+        bisect.insort(self._waiting, request, key=_rank)
         self._by_id.setdefault(request.request_id, []).append(request)
 
     def _derived(self, params: SamplingParams, prompt_len: int, seed: int, sample: int) -> dict[str, Any]:
@@ -503,6 +551,23 @@ def _streams(models: Sequence[CausalLM]) -> dict[Stream, list[CacheGroup]]:
         streams[Stream(model, first_layer, range(first_group, first_group + len(groups)))] = groups
         first_layer, first_group = first_layer + len(states), first_group + len(groups)
     return streams
+
+
+def check_urgency(priority: int, deadline_s: float | None) -> None:
+    """Raise RequestError unless priority is a whole number and the deadline a positive number of seconds."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestError(f"priority is {priority!r}; it must be a whole number, and the lower one goes first")
+    if deadline_s is None:
+        return
+    number = isinstance(deadline_s, (int, float)) and not isinstance(deadline_s, bool)
+    if not number or not 0.0 < deadline_s < math.inf:
+        raise RequestError(
+            f"deadline_s is {deadline_s!r}; it must be a positive number of seconds, or None for no deadline"
+        )
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
 
 
 def _positions(top: TopLogprobs, tokens: Sequence[int], first: int) -> list[PositionLogprobs]:

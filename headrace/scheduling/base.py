@@ -5,9 +5,14 @@ a `Snapshot` and a policy: it touches no page and no tensor, so a simulator can 
 returns grants, or, when the request that must move next lacks pages, one victim to preempt; the engine
 then releases the victim's pages and composes again.
 
-Two guarantees hold for every policy. Who lacks pages may take those of younger requests, never of older
-ones, so the oldest always gets to its end. And a step with work to do is never empty: either rows are
-granted or somebody is preempted, so running out of pages cannot deadlock.
+Requests stand in the order of their rank, (priority, arrival): the lower number goes first, and among equals the
+earlier. Two guarantees hold for every policy. Who lacks pages may take those of requests behind it, never of those
+before it, so the first always gets to its end, and nobody waits for ever but for requests of a higher priority. And a
+step with work to do is never empty: either rows are granted or somebody is preempted, so running out of pages cannot
+deadlock.
+
+A running request takes pages from anybody behind it. A waiting one takes them, or a seat, only from requests of lower
+priority: among equals it waits until those who run have ended, or every newcomer would undo work.
 """
 
 from __future__ import annotations
@@ -42,6 +47,13 @@ class RequestView(NamedTuple):
     """Slots behind the rows that the step may write too."""
     most_slots: int = 2**31
     """Slots that the request needs at most, scratch included."""
+    priority: int = 0
+    """The lower number goes first."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Place among all requests: by priority, then by arrival."""
+        return self.priority, self.arrival
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ class SchedulerPolicy(Protocol):
         ...
 
     def victim(self, candidates: Sequence[RequestView]) -> RequestView:
-        """Who gives its pages back. Candidates are running and stand behind the request in need."""
+        """Who gives its pages back. Candidates are running and stand behind the request in need. Must be one of
+        the lowest priority among them."""
         ...
 
 
@@ -127,22 +140,29 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
     left = min(policy.budget(snapshot), snapshot.budget)
     free = list(snapshot.free_pages)
     running = len(snapshot.running)
+    open_to_newcomers = True
     for place, view in enumerate(order):
         if left < 1:
             break
-        # The first may be a long prompt: it leaves the decoding requests behind it a row each.
+        # The first may be a long prompt: it leaves the decoding requests of its priority a row each.
         wanted = min(view.most, left if place else max(view.least, left - _rows_behind(order)))
         if view.running:
             rows = min(wanted, rows_that_fit(view, free, snapshot.page_size))
             if rows < min(view.least, wanted):
-                younger = [v for v in snapshot.running if v.arrival > view.arrival]
-                if younger and not schedule.admitted:
-                    return Schedule(victim=policy.victim(younger).key)
+                behind = [v for v in snapshot.running if v.rank > view.rank]
+                if behind and not schedule.admitted:
+                    return Schedule(victim=policy.victim(behind).key)
                 continue
         else:
+            if not open_to_newcomers:
+                continue
             rows = _rows_for_newcomer(policy, snapshot, view, wanted, free, running)
             if rows < 1:
-                break  # first come, first served: nobody overtakes a request that waits for pages
+                lower = [v for v in snapshot.running if v.priority > view.priority]
+                if not schedule.admitted and _makes_room(policy, snapshot, view, free, running, lower):
+                    return Schedule(victim=policy.victim(lower).key)
+                open_to_newcomers = False  # nobody overtakes a request that waits for pages
+                continue
             schedule.admitted.append(view.key)
             running += 1
             free = [f - view.idle_hits for f in free]
@@ -153,19 +173,40 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
 
 
 def _rows_behind(order: Sequence[RequestView]) -> int:
-    """Least rows of the decoding requests behind the first."""
-    return sum(view.least for view in order[1:] if view.decoding)
+    """Least rows of the decoding requests behind the first that are not of lower priority."""
+    return sum(view.least for view in order[1:] if view.decoding and view.priority <= order[0].priority)
 
 
 def _rows_for_newcomer(
     policy: SchedulerPolicy, snapshot: Snapshot, view: RequestView, wanted: int, free: Sequence[int], running: int
 ) -> int:
     """Rows a waiting request starts with; 0 if it has to wait."""
+    return wanted if _may_start(policy, snapshot, view, free, running) else 0
+
+
+def _may_start(
+    policy: SchedulerPolicy, snapshot: Snapshot, view: RequestView, free: Sequence[int], running: int
+) -> bool:
+    """Whether a waiting request can be admitted beside `running` others."""
     if running >= snapshot.max_running:
-        return 0
+        return False
     spare = tuple(f - view.idle_hits for f in free)
     need = pages_needed(view, view.most, snapshot.page_size)
     fits = all(n <= s for n, s in zip(need, spare, strict=True))
-    if not fits or (running and not policy.admits(view, need, spare, running)):
-        return 0
-    return wanted
+    return fits and (not running or policy.admits(view, need, spare, running))
+
+
+def _makes_room(
+    policy: SchedulerPolicy,
+    snapshot: Snapshot,
+    view: RequestView,
+    free: Sequence[int],
+    running: int,
+    lower: Sequence[RequestView],
+) -> bool:
+    """Whether a waiting request could start if all requests of lower priority gave way. Pages that several share
+    count for each of them, so this may promise too much; then they gave way for nothing, and come back behind it."""
+    if not lower:
+        return False
+    given = [f + sum(v.pages[g] for v in lower) for g, f in enumerate(free)]
+    return _may_start(policy, snapshot, view, given, running - len(lower))

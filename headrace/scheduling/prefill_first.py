@@ -7,7 +7,7 @@ evaluated. Prompts longer than the budget are still cut, since a step holds no m
 from __future__ import annotations
 
 from headrace.scheduling.base import SCHEDULERS, RequestView, Snapshot
-from headrace.scheduling.splitfuse import SplitFuse, by_arrival
+from headrace.scheduling.splitfuse import SplitFuse, by_rank
 
 
 @SCHEDULERS.register(
@@ -19,7 +19,8 @@ class PrefillFirst(SplitFuse):
     """Two phases; budget, admission and victim are SplitFuse's."""
 
     def order(self, snapshot: Snapshot) -> list[list[RequestView]]:
-        """Begun and waiting prompts by arrival; only when none of them can move, the decoding requests."""
-        running = sorted(snapshot.running, key=by_arrival)
-        prompts = [v for v in running if not v.decoding] + sorted(snapshot.waiting, key=by_arrival)
-        return [prompts, [v for v in running if v.decoding]]
+        """Prompts by priority, begun before waiting, each by arrival; only when none of them can move, the
+        decoding requests."""
+        begun = [v for v in snapshot.running if not v.decoding]
+        prompts = sorted([*begun, *snapshot.waiting], key=lambda v: (v.priority, not v.running, v.arrival))
+        return [prompts, sorted((v for v in snapshot.running if v.decoding), key=by_rank)]

@@ -2,7 +2,7 @@
 
 Decoding requests get their row first; prompts, cut to fit exactly, fill the rest of the budget. Step time
 depends on the number of rows and hardly on whose they are, and throughput is concave in it, so equal steps
-at the knee of the curve are the best ones.
+at the knee of the curve are the best ones. Priorities come before that: a class of lower priority gets what is left.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from collections.abc import Sequence
 from headrace.scheduling.base import SCHEDULERS, RequestView, Snapshot
 
 
-def by_arrival(view: RequestView) -> int:
-    """First come, first served."""
-    return view.arrival
+def by_rank(view: RequestView) -> tuple[int, int]:
+    """By priority; among equals first come, first served."""
+    return view.rank
+
+
+def _by_class(view: RequestView) -> tuple[int, int, int]:
+    """By priority; among equals decoding, begun prompts, waiting ones; each by arrival."""
+    stage = 0 if view.decoding else 1 if view.running else 2
+    return view.priority, stage, view.arrival
 
 
 @SCHEDULERS.register(
@@ -24,15 +30,18 @@ def by_arrival(view: RequestView) -> int:
     source="DeepSpeed-FastGen, arXiv 2401.08671",
 )
 class SplitFuse:
-    """Decode first, chunked prompts fill the step; the oldest request of all goes before everybody."""
+    """Decode first, chunked prompts fill the step; the first in rank of those that run goes before everybody."""
 
     def order(self, snapshot: Snapshot) -> list[list[RequestView]]:
-        """The oldest, then decoding requests, then begun prompts, then waiting ones; each by arrival."""
-        running = sorted(snapshot.running, key=by_arrival)
-        oldest = running[:1]
-        decoding = [v for v in running[1:] if v.decoding]
-        prompts = [v for v in running[1:] if not v.decoding]
-        return [[*oldest, *decoding, *prompts, *sorted(snapshot.waiting, key=by_arrival)]]
+        """By priority; among equals decoding requests, then begun prompts, then waiting ones, each by arrival. In
+        front of the highest priority goes the oldest of its running requests."""
+        order = sorted([*snapshot.running, *snapshot.waiting], key=_by_class)
+        leading = [v for v in order if v.running and v.priority == order[0].priority]
+        if leading:
+            first = min(leading, key=by_rank)
+            order.remove(first)
+            order.insert(0, first)
+        return [order]
 
     def budget(self, snapshot: Snapshot) -> int:
         """Always the whole budget."""
@@ -43,5 +52,5 @@ class SplitFuse:
         return all(n + running <= f for n, f in zip(need, free, strict=True))
 
     def victim(self, candidates: Sequence[RequestView]) -> RequestView:
-        """The youngest: the least work is thrown away for the least wait."""
-        return max(candidates, key=by_arrival)
+        """The youngest of the lowest priority: the least work is thrown away for the least wait."""
+        return max(candidates, key=by_rank)

@@ -156,6 +156,35 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=2))[0].finished
 
 
+def test_priorities_order_a_batch_and_change_no_token(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    small = LLM(device="cpu", kv_cache_gib=0.1, max_num_batched_tokens=64, max_num_seqs=1)
+    outputs = small.generate(PROMPTS[:3], params, priority=[2, 1, 0])
+    finish_s = [o.metrics.finish_s for o in outputs if o.metrics and o.metrics.finish_s is not None]
+    assert finish_s == sorted(finish_s, reverse=True)
+    assert len(finish_s) == 3
+    assert [o.outputs[0].text for o in small.generate(PROMPTS[:3], params)] == [o.outputs[0].text for o in outputs]
+    for bad in ([0, 1], [0, 1, "2"]):
+        with pytest.raises(RequestError, match=r"2 priorities for 3 prompts|priority is '2'"):
+            small.generate(PROMPTS[:3], params, priority=bad)
+    small.engine.check_idle()
+    assert not small.engine.has_work
+
+
+def test_a_deadline_ends_a_call_with_what_there_is(llm: LLM) -> None:
+    long = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    (output,) = llm.generate(PROMPTS[0], long, deadline_s=0.1)
+    (sample,) = output.outputs
+    assert sample.finish_reason == "timeout"
+    assert 0 < len(sample.token_ids) < 2000
+    assert llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))[0].outputs[
+        0
+    ].text == llm.tokenizer.decode(sample.token_ids[:4])  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match="deadline_s is -1"):
+        llm.generate(PROMPTS[0], long, deadline_s=-1)
+    llm.engine.check_idle()
+
+
 def test_without_a_tokenizer_ids_go_in_and_out() -> None:
     bare = LLM(device="cpu", skip_tokenizer_init=True, kv_cache_gib=0.1, max_num_batched_tokens=64)
     (output,) = bare.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=3, ignore_eos=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,17 @@ def tiny_model(dtype: str = "float64", seed: int = 0) -> CausalLM:
     return model
 
 
-def make_engine(*, model: CausalLM | None = None, eos_ids: Sequence[int] = (EOS,), **options: Any) -> Engine:
+def make_engine(
+    *,
+    model: CausalLM | None = None,
+    eos_ids: Sequence[int] = (EOS,),
+    clock: Callable[[], float] = time.perf_counter,
+    **options: Any,
+) -> Engine:
     """An engine over the tiny model that audits itself after every step."""
     settings: dict[str, Any] = {"num_pages": 512, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "page_size": 4}
     config = EngineConfig(**{**settings, "check_invariants": True, "device": "cpu", **options})
-    return Engine(config, model or tiny_model(), eos_ids=eos_ids)
+    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock)
 
 
 def run_all(engine: Engine, most_steps: int = 100_000) -> None:
