@@ -49,6 +49,8 @@ class LLM:
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}; known: {', '.join(known)}")
+        if model is None:  # the bundled model brings its drafter
+            options = {"draft_model": str(BUNDLED_DRAFT), **{k: v for k, v in options.items() if v is not None}}
         self.config = EngineConfig(model=None if model is None else str(model), **options)
         device = _choose_device(self.config.device)
         weights = self.config.load_format != "random"
