@@ -63,6 +63,8 @@ class Case:
     options: dict[str, Any]
     seen: list[list[int]]
     real: list[bool]
+    masks: list[list[bool] | None]
+    """By row the mask over its second interval, if it has one."""
 
     def run(self, form: Any = None, **more: Any) -> tuple[Tensor, Tensor]:
         tables: Any = (self.rows, self.k_KPSD, self.v_KPSD, self.page_table_BP, self.kv_len_B)
@@ -80,15 +82,49 @@ def int32(values: Any) -> Tensor:
     return torch.tensor(np.asarray(values).tolist(), dtype=torch.int32)
 
 
-def seen_slots(n: int, t: int, a: int, b: int, c: int, window: int) -> list[int]:
+def seen_slots(n: int, t: int, a: int, b: int, c: int, window: int, mask: list[bool] | None) -> list[int]:
     low = t - window + 1 if window > 0 else 0
     last = n + max(a, c, 0)
-    return [s for s in range(max(last, 0)) if (s < n + a or n + b <= s < n + c) and s >= low]
+    return [
+        s
+        for s in range(max(last, 0))
+        if (s < n + a or (n + b <= s < n + c and (mask is None or mask[s - n - b]))) and s >= low
+    ]
+
+
+def draw_mask(rng: np.random.Generator, kind: str, masks: str, length: int) -> list[bool] | None:
+    """The mask of a row over a second interval of `length` slots."""
+    if masks == "none" or (masks == "some rows" and rng.integers(2)):
+        return None
+    if kind == "tree":  # the row's ancestors under a random parent each, and the row itself
+        mask, i = [False] * length, length - 1
+        while i >= 0:
+            mask[i] = True
+            i = int(rng.integers(-1, i)) if i > 0 else -1
+        return mask
+    share = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+    return [bool(x) for x in rng.random(length) < share]
+
+
+def pack_masks(rng: np.random.Generator, masks: Sequence[list[bool] | None]) -> tuple[list[int], list[int]]:
+    """(bits, words) of the rows' masks, words that no mask owns and bits behind a mask's end at random."""
+    bits, words = [], []
+    for mask in masks:
+        if mask is None:
+            bits.append(-1)
+            continue
+        words += rng.integers(-(2**31), 2**31, int(rng.integers(0, 3))).tolist()
+        bits.append(len(words))
+        for i in range(0, len(mask), 32):
+            part = [*mask[i : i + 32], *(rng.random(32) < 0.5)][:32]
+            word = sum(2**j for j, bit in enumerate(part) if bit)
+            words.append(word - 2**32 if word >= 2**31 else word)
+    return bits, words
 
 
 def draw_row(rng: np.random.Generator, kind: str, k: int, n: int, count: int) -> tuple[int, int, int]:
     """(a, b, c) of row k of `count`."""
-    if kind == "causal":
+    if kind in ("causal", "tree"):
         return 0, 0, k + 1
     if kind == "block":
         return 0, 0, count
@@ -116,11 +152,13 @@ def make_case(
     counts: Sequence[int] = (1, 4),
     committed: Sequence[int] = (7, 0),
     kinds: Sequence[str] = ("causal", "any"),
+    masks: Sequence[str] | None = None,
     ghosts: int = 0,
     ghost_tail: int = 0,
 ) -> Case:
     """Requests with `counts` rows and `committed` slots; an entry of `ghosts` padding rows if any; the last
-    `ghost_tail` rows of every request are padding."""
+    `ghost_tail` rows of every request are padding. `masks`, by request: which of its rows have a mask over their second
+    interval, "none", "some rows" or "all rows"; without it there is no table of masks."""
     rng = np.random.default_rng(seed)
     n_reqs, v_size = len(counts), v_size or size
     b_max = n_reqs + 2
@@ -134,10 +172,12 @@ def make_case(
     columns: list[tuple[int, int, int, int, int]] = []
     seen: list[list[int]] = []
     real: list[bool] = []
+    row_masks: list[list[bool] | None] = []
     lens, reqs = [], []
     k_slots = torch.full((kv_heads, n_pages * page_size, size), math.nan, dtype=torch.float64)
     v_slots = torch.full((kv_heads, n_pages * page_size, v_size), math.nan, dtype=torch.float64)
-    for r, n, count, kind, capacity in zip(index, committed, counts, kinds, slots, strict=True):
+    masked = masks or ["none"] * n_reqs
+    for r, n, count, kind, capacity, which in zip(index, committed, counts, kinds, slots, masked, strict=True):
         kv_len[r] = n
         for p in range(-(-capacity // page_size)):
             table[r, p] = free.pop()
@@ -147,7 +187,9 @@ def make_case(
             t = n + k + int(rng.integers(0, 3)) * (kind == "any")
             ghost = k >= max(1, count - ghost_tail)
             columns.append((b_max if ghost else int(r), t, *((NONE, 0, 1) if ghost else abc)))
-            seen.append([] if ghost else seen_slots(n, t, *abc, window))
+            mask = None if ghost else draw_mask(rng, kind, which, abc[2] - abc[1])
+            row_masks.append(mask)
+            seen.append([] if ghost else seen_slots(n, t, *abc, window, mask))
             real.append(not ghost)
             last_slot = max(last_slot, n + max(abc[0], abc[2]))
         for s in {s for mine in seen[first:] for s in mine}:
@@ -162,8 +204,10 @@ def make_case(
         columns += [(b_max, 0, NONE, 0, 1)] * ghosts
         seen += [[0]] * ghosts
         real += [False] * ghosts
+        row_masks += [None] * ghosts
     fields = [int32([column[i] for column in columns]) for i in range(5)]
     ptr = int32([first for first, _, _ in lens] + [len(columns)])
+    bits_and_words = map(int32, pack_masks(rng, row_masks)) if masks else ()
     q = torch.from_numpy(rng.standard_normal((len(columns), kv_heads * (group + 2), size)))
     pools = []
     for x in (k_slots, v_slots):
@@ -172,7 +216,7 @@ def make_case(
         pools.append(layers[1] if seed % 2 else layers.transpose(0, 1).contiguous().transpose(0, 1)[1])
     return Case(
         q_RHD=q.to(dtype)[:, : kv_heads * group],
-        rows=AttentionRows._make([*fields, ptr, int32(reqs)]),
+        rows=AttentionRows(*fields, ptr, int32(reqs), *bits_and_words),
         k_KPSD=pools[0],
         v_KPSD=pools[1],
         page_table_BP=int32(table),
@@ -186,6 +230,7 @@ def make_case(
         },
         seen=seen,
         real=real,
+        masks=row_masks,
     )
 
 
@@ -214,7 +259,9 @@ def by_loops(case: Case) -> tuple[Tensor, Tensor]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float64,), largest: int = 40) -> Case:
+def cases(
+    draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float64,), largest: int = 40, masks: bool = False
+) -> Case:
     requests = draw(st.integers(1, 4))
 
     def each(strategy: st.SearchStrategy[Any]) -> Any:
@@ -232,11 +279,18 @@ def cases(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float64,), lar
         window=draw(st.sampled_from([0, 0, 1, 6, 20])),
         softcap=softcap,
         sinks=draw(st.booleans()) and draw(st.booleans()),
-        counts=each(st.sampled_from([1, 1, 2, 3, 8, 9, 13, 26])),
+        counts=each(st.sampled_from([1, 1, 2, 3, 8, 9, 13, 26] if not masks else [1, 2, 3, 9, 13, 26, 40, 70])),
         committed=each(
             st.integers(0, largest) if largest < 100 else st.sampled_from([0, 5, 63, 64, 130, 256, 300, 700])
         ),
-        kinds=each(st.sampled_from(["causal", "causal", "block", "empty", "own only", "any", "any"])),
+        kinds=each(
+            st.sampled_from(
+                ["causal", "block", "empty", "own only", "any", "any", "tree", "tree"]
+                if masks
+                else ["causal", "causal", "block", "empty", "own only", "any", "any"]
+            )
+        ),
+        masks=each(st.sampled_from(["none", "some rows", "all rows"])) if masks else None,
         ghosts=draw(st.sampled_from([0, 0, 1, 10])),
         ghost_tail=draw(st.sampled_from([0, 0, 1])),
     )
@@ -255,9 +309,38 @@ def count_events(events: Counter[str], case: Case, wide: int) -> None:
         "odd head counts": case.q_RHD.shape[1] % 2,
         "values of another size": case.k_KPSD.shape[3] != case.v_KPSD.shape[3],
         "several chunks": sum(mine[0] // CHUNK_SLOTS < mine[-1] // CHUNK_SLOTS for mine in case.seen if mine),
+        **count_masks(case),
         str(case.q_RHD.dtype): 1,
     }
     events.update({name: int(count) for name, count in met.items() if count})
+
+
+MASKS = "masks,masks of several words,masks without a set bit,words below zero,first interval only,"
+MASKS += "windows over masks,large requests with masks,steps of requests with and without masks,tables without a mask"
+
+
+def count_masks(case: Case) -> dict[str, int]:
+    if case.rows.words_W is None:
+        return {}
+    has_B = [
+        any(mask is not None for mask in case.masks[first : first + count])
+        for first, count, _ in case.lens
+        if case.real[first]
+    ]
+    mine = [(mask, seen) for mask, seen in zip(case.masks, case.seen, strict=True) if mask]
+    return {
+        "masks": len(mine),
+        "masks of several words": sum(len(mask) > 32 for mask, _ in mine),
+        "masks without a set bit": sum(not any(mask) for mask, _ in mine),
+        "words below zero": int((case.rows.words_W < 0).sum()),
+        "first interval only": sum(not any(mask) and bool(seen) for mask, seen in mine),
+        "windows over masks": len(mine) * (case.options["window"] > 0),
+        "large requests with masks": sum(
+            has and count >= cpu.WIDE_FROM for has, (_, count, _) in zip(has_B, case.lens, strict=False)
+        ),
+        "steps of requests with and without masks": any(has_B) and not all(has_B),
+        "tables without a mask": not any(has_B),
+    }
 
 
 def expect_events(events: Counter[str], *names: str) -> None:
@@ -291,6 +374,19 @@ def test_reference_is_the_definition(events: Counter[str]) -> None:
     check()
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_reference_with_masks_is_the_definition(events: Counter[str]) -> None:
+    expect_events(events, *MASKS.split(","))
+
+    @settings(PROFILE, max_examples=80)
+    @given(case=cases(masks=True))
+    def check(case: Case) -> None:
+        compare(case, case.run(reference.attend), by_loops(case), 1e-12)
+        count_events(events, case, 0)
+
+    check()
+
+
 def test_reference_takes_rows_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(1, counts=(30, 2), committed=(20, 3), window=9, sinks=True)
     expected = case.run(reference.attend)
@@ -314,13 +410,10 @@ def compare_forms(case: Case, events: Counter[str]) -> None:
         out, lse = cpu.attend(*_tables(case), **case.options, plan=plan)
         assert lse is None
         compare(case, (out, got[1]), expected, tolerance)
-        count_events(events, case, int((plan.count_B >= plan.wide_from).sum()))
+        count_events(events, case, int(plan.wide_B.sum()))
         for group in plan.work(case.options["window"]).wide:
-            events["groups"] += group.shape[0] > 1
-            events["padded groups"] += group.real is not None
-            events["stale slots in groups"] += group.stale_B1m1 is not None
-            if group.causal:
-                events["causal"] += 1
+            met = (group.shape[0] > 1, group.real is not None, group.stale_B1m1 is not None, group.causal)
+            events.update(name for name, is_met in zip(GROUPS, met, strict=True) if is_met)
     for row, mine in enumerate(case.seen):
         if not mine:
             assert not got[0][row].any()
@@ -353,6 +446,63 @@ def test_cpu_is_the_reference_over_several_chunks(events: Counter[str]) -> None:
         compare_forms(case, events)
 
     check()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("largest", [40, 700])
+def test_cpu_with_masks_is_the_reference(events: Counter[str], largest: int) -> None:
+    expect_events(events, "wide", "narrow", *MASKS.split(","), *map(str, TOLERANCE))
+    if largest == 700:
+        expect_events(events, "several chunks")
+
+    @settings(PROFILE, max_examples=60)
+    @given(case=cases(dtypes=tuple(TOLERANCE), largest=largest, masks=True))
+    def check(case: Case) -> None:
+        compare_forms(case, events)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", [attend, reference.attend], ids=["cpu", "reference"])
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_tree_is_its_chains(window: int, form: Any, dtype: torch.dtype) -> None:
+    """Every row of a draft tree of 64 rows gives what it gives at the end of a chain of its ancestors."""
+    n, size, page_size, tree = 50, 16, 16, 64
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    # Depth first: the parent of row i is row i - 1 or an ancestor of it.
+    paths: list[list[int]] = [[0]]
+    for i in range(1, tree):
+        paths.append([*paths[-1][: int(rng.integers(1, len(paths[-1]) + 1))], i])
+    assert 3 < max(map(len, paths)) < 40
+    q_RHD, k_sKD, v_sKD = (
+        torch.randn(rows, heads, size, generator=generator, dtype=torch.float64).to(dtype)
+        for rows, heads in ((tree, 6), (n + tree, 2), (n + tree, 2))
+    )
+    pools = [torch.full((2, 9, page_size, size), math.nan, dtype=dtype) for _ in "kv"]
+    table_BP, kv_len_B, options = int32([[7, 2, 5, 8, 1, 3, 4, 6], [0] * 8]), int32([n, 0]), {"scale": 0.3}
+    places = [int(table_BP[0, s // page_size]) * page_size + s % page_size for s in range(n + tree)]
+    write_kv(k_sKD, v_sKD, pools[0], pools[1], torch.tensor(places))
+
+    def attend_rows(q: Tensor, depths: list[int], *masks: Tensor) -> Tensor:
+        count = len(depths)
+        k_R, zero_R = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
+        rows = AttentionRows(zero_R, n + int32(depths), zero_R, zero_R, k_R + 1, int32([0, count]), int32([0]), *masks)
+        out: Tensor = form(q, rows, *pools, table_BP, kv_len_B, window=window, **options)[0]
+        return out
+
+    words = np.zeros((tree, tree // 32), np.uint32)
+    for i, path in enumerate(paths):
+        for j in path:
+            words[i, j // 32] |= np.uint32(1) << np.uint32(j % 32)
+    bits_R = torch.arange(tree, dtype=torch.int32) * words.shape[1]
+    words_W = torch.from_numpy(words.reshape(-1).view(np.int32))
+    got = attend_rows(q_RHD, [len(path) - 1 for path in paths], bits_R, words_W)
+    for i, path in enumerate(paths):
+        slots = [n + j for j in path]
+        write_kv(k_sKD[slots], v_sKD[slots], pools[0], pools[1], torch.tensor(places[n : n + len(path)]))
+        chain = attend_rows(q_RHD[path], list(range(len(path))))
+        torch.testing.assert_close(got[i], chain[-1], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -425,9 +575,36 @@ def test_refuses_what_it_cannot_read() -> None:
         write(*case.q_RHD.split(3, 1), case.k_KPSD, case.v_KPSD.double(), torch.zeros(5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("form", [cpu, reference], ids=["cpu", "reference"])
+def test_refuses_masks_it_cannot_read(form: Any) -> None:
+    case = make_case(1, dtype=torch.float32, kinds=("tree", "tree"), masks=["all rows"] * 2)
+    bits_R, words_W = case.rows.bits_R, case.rows.words_W
+    assert bits_R is not None
+    assert words_W is not None
+
+    def run(**fields: Any) -> None:
+        replace(case, rows=case.rows._replace(**fields)).run(form.attend)
+
+    run()
+    with pytest.raises(ValueError, match="rows have bits_R but no words_W: give both"):
+        run(words_W=None)
+    with pytest.raises(ValueError, match="rows have words_W but no bits_R: give both"):
+        run(bits_R=None)
+    with pytest.raises(ValueError, match=r"words_W is torch\.int64 \[\d+\]: words of masks are torch\.int32"):
+        run(words_W=words_W.long())
+    with pytest.raises(ValueError, match=r"bits_R is torch\.int32 \[4\]: it is torch\.int32, one a row, \[5\]"):
+        run(bits_R=bits_R[:4])
+    # A word that the last row needs is the last that any row needs.
+    needed = int(bits_R.max()) + 1
+    run(words_W=words_W[:needed])
+    error, message = (ValueError, "behind the end of words_W") if form is cpu else (IndexError, "out of bounds")
+    with pytest.raises(error, match=message):
+        run(words_W=words_W[: needed - 1])
+
+
 def test_step_without_rows() -> None:
     case = make_case(1, dtype=torch.float32)
-    none = AttentionRows._make([*(x[:0] for x in case.rows[:5]), case.rows.row_ptr_B1[:1], case.rows.reqs_B[:0]])
+    none = AttentionRows(*(x[:0] for x in case.rows[:5]), case.rows.row_ptr_B1[:1], case.rows.reqs_B[:0])
     out, lse = replace(case, q_RHD=case.q_RHD[:0], rows=none).run()
     assert out.shape == (0, 6, 5)
     assert lse.shape == (0, 6)
@@ -440,7 +617,7 @@ def test_rows_of_no_request_are_zero() -> None:
     padded = replace(
         case,
         q_RHD=torch.cat([case.q_RHD, case.q_RHD[-2:]]),
-        rows=AttentionRows._make([*columns, case.rows.row_ptr_B1, case.rows.reqs_B]),
+        rows=AttentionRows(*columns, case.rows.row_ptr_B1, case.rows.reqs_B),
     )
     for form in (attend, reference.attend):
         out, lse = padded.run(form)
@@ -449,6 +626,14 @@ def test_rows_of_no_request_are_zero() -> None:
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
+
+
+def take_masks(case: Case, mine: slice, shift: int) -> tuple[Tensor, ...]:
+    """The masks of some rows, and the words with `shift` others in front; nothing if the case has none."""
+    if case.rows.bits_R is None or case.rows.words_W is None:
+        return ()
+    bits_R = case.rows.bits_R[mine]
+    return bits_R.where(bits_R < 0, bits_R + shift), torch.cat([int32([-1] * shift), case.rows.words_W])
 
 
 def take_request(case: Case, index: int, page_size: int, rng: np.random.Generator) -> Case:
@@ -469,7 +654,8 @@ def take_request(case: Case, index: int, page_size: int, rng: np.random.Generato
         moved.view(shape[0], -1, shape[3])[:, to_place] = pool.reshape(shape[0], -1, shape[3])[:, from_place]
         pools.append(moved)
     columns = [x[mine] for x in case.rows[1:5]]
-    rows = AttentionRows._make([torch.zeros(count, dtype=torch.int32), *columns, int32([0, count]), int32([0])])
+    tables = take_masks(case, mine, int(rng.integers(0, 3)))
+    rows = AttentionRows(torch.zeros(count, dtype=torch.int32), *columns, int32([0, count]), int32([0]), *tables)
     return replace(
         case,
         q_RHD=case.q_RHD[mine].contiguous(),
@@ -485,7 +671,7 @@ def take_request(case: Case, index: int, page_size: int, rng: np.random.Generato
 def take_row(case: Case, row: int) -> Case:
     """One row of a step of one request: what decoding it alone, its neighbours written before, would be."""
     columns = [x[row : row + 1] for x in case.rows[:5]]
-    rows = AttentionRows._make([*columns, int32([0, 1]), case.rows.reqs_B])
+    rows = AttentionRows(*columns, int32([0, 1]), case.rows.reqs_B, *take_masks(case, slice(row, row + 1), 1))
     return replace(case, q_RHD=case.q_RHD[row : row + 1], rows=rows, lens=[(0, 1, case.lens[0][2])])
 
 
@@ -494,15 +680,16 @@ def bits(result: tuple[Tensor, Tensor]) -> list[Tensor]:
     return [x.contiguous().view(words[x.element_size()]) for x in result]
 
 
-def test_bits_depend_on_the_request_alone(events: Counter[str]) -> None:
+@pytest.mark.parametrize("masks", [False, True], ids=["no masks", "masks"])
+def test_bits_depend_on_the_request_alone(events: Counter[str], masks: bool) -> None:
     """In place: the same bits alone, in a batch, with other pages and page sizes, row by row, on one thread."""
     names = ("requests", "rows alone", "several chunks", "one thread", *map(str, TOLERANCE))
-    expect_events(events, *names)
+    expect_events(events, *names, *(["masks"] if masks else []))
     rng = np.random.default_rng(0)
     threads = torch.get_num_threads()
 
-    @settings(PROFILE, max_examples=40)
-    @given(case=cases(dtypes=tuple(TOLERANCE), largest=700))
+    @settings(PROFILE, max_examples=60)
+    @given(case=cases(dtypes=tuple(TOLERANCE), largest=700, masks=masks))
     def check(case: Case) -> None:
         expected = bits(case.run(plan=case.plan(NEVER, case.lens)))
         count_events(events, case, 0)

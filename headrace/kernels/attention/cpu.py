@@ -1,8 +1,8 @@
 """Paged attention over rows on the CPU: what `reference.py` defines, by a compiled kernel and torch's fused attention.
 
 Requests with few rows (decode, drafts) read their pages in place, in the kernel of `cpu_kernel.py`. Requests with many
-rows (prompt chunks) gather their pages (PagedAttention, arXiv 2309.06180) and go to torch. What depends on the step
-only is prepared once, in `CpuPlan`, and shared by all layers.
+rows (prompt chunks) gather their pages (PagedAttention, arXiv 2309.06180) and go to torch, unless a row has a mask: the
+kernel reads the set bits only. What depends on the step only is prepared once, in `CpuPlan`, and shared by all layers.
 
 Letters: see `reference.py`; also N items of the kernel, T threads, X rows whose slots more than one item visits.
 """
@@ -43,13 +43,14 @@ _TYPES: dict[torch.dtype, tuple[np.ndarray, np.ndarray]] = {
     torch.bfloat16: (np.zeros(1, np.uint16), np.zeros(1, np.float32)),
 }
 _PLACE_TYPE = np.zeros(1, np.int64)
+_NO_BITS = np.zeros(0, np.int32)
 
 
 class _Narrow(NamedTuple):
     """Work of the compiled kernel under one window."""
 
-    sees_R5: np.ndarray
-    """By row: request index and two intervals of slots, as [begin, end) twice."""
+    sees_R7: np.ndarray
+    """By row: request index, two intervals of slots as [begin, end), and the mask over the second: see `list_seen`."""
     items_N5: np.ndarray
     """First row, rows, begin and end of the slots, first partial result or -1 where the item gives the result."""
     joins_X4: np.ndarray
@@ -149,29 +150,34 @@ class CpuPlan:
         self.lens_B3 = np.array(lens, np.int64).reshape(-1, 3)
         np.clip(self.lens_B3[:, 2], 0, page_table_BP.shape[1] * page_size, out=self.lens_B3[:, 2])
         self.first_B, self.count_B, self.visible_B = self.lens_B3.T
-        self.wide_from = wide_from
-        self.has_narrow = bool(((self.count_B > 0) & (self.count_B < wide_from)).any())
+        self.words_W: Tensor | None = None
+        self.wide_B: np.ndarray = self.count_B >= wide_from
+        if rows.bits_R is not None and rows.words_W is not None:
+            self.words_W = rows.words_W.contiguous()
+            masks_R1 = np.concatenate([[0], np.cumsum(rows.bits_R.numpy() >= 0)])
+            self.wide_B &= masks_R1[self.first_B + self.count_B] == masks_R1[self.first_B]
+        self.has_narrow = bool(((self.count_B > 0) & ~self.wide_B).any())
         self.has_loose_rows = int(self.count_B.sum()) != rows.req_R.shape[0]
         self._work: dict[int, _Work] = {}
 
     def work(self, window: int) -> _Work:
         """The work of a layer with this window."""
         if window not in self._work:
-            rows = tuple(x.numpy() for x in self.rows)
-            sees_R5 = list_seen(rows, self.lens_B3, self.kv_len_B.numpy(), window)
+            rows = tuple(x.numpy() for x in self.rows[:7])
+            bits_R, n_words = _NO_BITS, 0
+            if self.rows.bits_R is not None and self.words_W is not None:
+                bits_R, n_words = self.rows.bits_R.contiguous().numpy(), len(self.words_W)
+            sees_R7 = list_seen(rows, bits_R, n_words, self.lens_B3, self.kv_len_B.numpy(), window)
             narrow = None
             if self.has_narrow:
-                items_N5, joins_X4, n_parts = list_items(sees_R5, self.lens_B3, self.wide_from)
-                narrow = _Narrow(sees_R5, items_N5, joins_X4, n_parts, {}, {})
-            self._work[window] = _Work(narrow, [self._wide(group, sees_R5) for group in self._groups()])
+                items_N5, joins_X4, n_parts = list_items(sees_R7, self.lens_B3, self.wide_B)
+                narrow = _Narrow(sees_R7, items_N5, joins_X4, n_parts, {}, {})
+            self._work[window] = _Work(narrow, [self._wide(group, sees_R7) for group in self._groups()])
         return self._work[window]
 
     def _groups(self) -> list[list[int]]:
         """Wide requests that go to torch together: of similar size, and small enough that calls cost more than work."""
-        size = {
-            int(i): (int(self.count_B[i]), int(self.visible_B[i]))
-            for i in np.flatnonzero(self.count_B >= self.wide_from)
-        }
+        size = {int(i): (int(self.count_B[i]), int(self.visible_B[i])) for i in np.flatnonzero(self.wide_B)}
         groups: list[list[int]] = []
         used = rows = slots = 0
         for i in sorted(size, key=lambda i: size[i][::-1]):
@@ -185,12 +191,12 @@ class CpuPlan:
                 rows, slots, used = count, visible, count * visible
         return [sorted(group) for group in groups]
 
-    def _wide(self, group: list[int], sees_R5: np.ndarray) -> _Wide:
+    def _wide(self, group: list[int], sees_R7: np.ndarray) -> _Wide:
         """What a group of wide requests gathers, and its masks, from the first page that a row of it sees."""
         counts = [int(self.count_B[i]) for i in group]
         last_B1 = np.array([[self.first_B[i] + self.count_B[i] - 1] for i in group])
         rows_Br = np.minimum(self.first_B[group][:, None] + np.arange(max(counts)), last_B1)
-        sees_Br4 = sees_R5[rows_Br, 1:].astype(np.int64)
+        sees_Br4 = sees_R7[rows_Br, 1:5].astype(np.int64)
         lo_B, hi_B = sees_Br4[..., ::2].reshape(len(group), -1), sees_Br4[..., 1::2].reshape(len(group), -1)
         seen_B = hi_B > lo_B
         page_B = np.where(seen_B, lo_B, NOWHERE).min(1) // self.page_size
@@ -217,9 +223,11 @@ def plan_attention(
 ) -> CpuPlan:
     """The plan of a step.
 
-    Requests with `wide_from` rows or more are gathered and given to torch, all others are left to the kernel. With a
-    number larger than any request, every row's bits are a function of its request alone, however a prompt is cut.
+    Requests with `wide_from` rows or more and no masks are gathered and given to torch, all others are left to the
+    kernel. With a number larger than any request, every row's bits are a function of its request alone, however a
+    prompt is cut.
     """
+    reference.check_bits(rows)
     found = reference.find_spans(rows, kv_len_B) if lens is None else lens
     return CpuPlan(rows, page_table_BP, kv_len_B, page_size, found, wide_from)
 
@@ -299,11 +307,12 @@ def _run_narrow(
         0 if sinks_H is None else sinks_H.data_ptr(),
         parts[0].ctypes.data,
         parts[1].ctypes.data,
+        0 if plan.words_W is None else plan.words_W.data_ptr(),
     )
     strides = (q_RHD.stride(0), q_RHD.stride(1), _head_stride(k_pool_KPSD), _head_stride(v_pool_KPSD))
     shape = (*strides, heads, heads // kv_heads, size, v_size, plan.page_size)
     attend_narrow(
-        io, shape, like, acc_like, scale, softcap, work.sees_R5, plan.table_BP, work.items_N5, work.joins_X4, bounds_T1
+        io, shape, like, acc_like, scale, softcap, work.sees_R7, plan.table_BP, work.items_N5, work.joins_X4, bounds_T1
     )
 
 

@@ -123,13 +123,29 @@ def _compile_tanh(x: Any) -> Any:
 
 
 @njit_serial()
-def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, place: Any) -> Any:
+def _list_masked(
+    sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, words: Any, place: Any, n: Any
+) -> Any:  # fmt: skip
+    """List the slots of the second interval whose bits are set, behind the `n` listed before."""
+    for slot in range(max(sees[3], begin), min(sees[4], end)):
+        j = slot - sees[6]
+        word = _vector(words, sees[5] + (j >> 5), 1, sees)[0]
+        if (word >> (j & 31)) & 1:
+            page = slot // page_size
+            place[n] = np.int64(pages[page]) * page_size + slot - page * page_size
+            n += 1
+    return n
+
+
+@njit_serial()
+def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, words: Any, place: Any) -> Any:
     """Physical slots that a row sees among [begin, end), padded to a multiple of 4 by repeating the first.
 
     Then the list begins again, for `AHEAD_SLOTS` entries.
     """
     n = 0
-    for i in range(1, 5, 2):
+    masked = sees[5] >= 0
+    for i in range(1, 3 if masked else 5, 2):
         slot, last = max(sees[i], begin), min(sees[i + 1], end)
         while slot < last:
             page = slot // page_size
@@ -140,6 +156,8 @@ def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, pla
                 place[n + j] = first + j
             n += run
             slot += run
+    if masked:
+        n = _list_masked(sees, begin, end, pages, page_size, words, place, n)
     padded = (n + 3) // 4 * 4
     for j in range(n, padded):
         place[j] = place[0]
@@ -280,11 +298,11 @@ def _finish(acc_D: Any, state: Any, sinks: Any, head: Any, out_D: Any, lses: Any
 
 @njit_serial()
 def _attend_item(
-    item: Any, k: Any, io: Any, shape: Any, like: Any, scale: Any, softcap: Any, sees_R5: Any, table_BP: Any,
+    item: Any, k: Any, io: Any, shape: Any, like: Any, scale: Any, softcap: Any, sees_R7: Any, table_BP: Any,
     q_XD: Any, acc_XD: Any, state_X2: Any, s_GT: Any, place: Any,
 ) -> None:  # fmt: skip
     """One block of rows, one key/value head, one chunk of slots."""
-    q, keys, values, out, lse, sinks, parts, part_states = io
+    q, keys, values, out, lse, sinks, parts, part_states, words = io
     q_row, q_head, k_head, v_head, heads, group, size, v_size, page_size = shape
     first, count, begin, end, part = item[0], item[1], item[2], item[3], item[4]
     for r in range(count):
@@ -299,8 +317,8 @@ def _attend_item(
     keys, values = keys + k * k_head * like.itemsize, values + k * v_head * like.itemsize
     for tile in range(begin, end, TILE_SLOTS):
         for r in range(count):
-            sees = sees_R5[first + r]
-            n = _list_slots(sees, tile, min(tile + TILE_SLOTS, end), table_BP[sees[0]], page_size, place)
+            sees = sees_R7[first + r]
+            n = _list_slots(sees, tile, min(tile + TILE_SLOTS, end), table_BP[sees[0]], page_size, words, place)
             if n > 0:
                 x = slice(r * group, r * group + group)
                 _attend_tile(q_XD[x], keys, values, like, place, n, softcap, s_GT, state_X2[x], acc_XD[x])
@@ -321,7 +339,7 @@ def _attend_item(
 @njit_serial()
 def _join_chunks(join: Any, head: Any, io: Any, shape: Any, acc_D: Any, state: Any) -> None:
     """Join what the chunks of one row and query head found, in ascending order."""
-    _, _, _, out, lse, sinks, parts, part_states = io
+    _, _, _, out, lse, sinks, parts, part_states, _ = io
     heads, v_size = shape[4], shape[7]
     row, first, count, stride = join[0], join[1], join[2], join[3]
     state[0] = -np.inf
@@ -347,7 +365,7 @@ def _join_chunks(join: Any, head: Any, io: Any, shape: Any, acc_D: Any, state: A
 
 @njit_parallel()
 def attend_narrow(
-    io: Any, shape: Any, like: Any, acc_like: Any, scale: Any, softcap: Any, sees_R5: Any, table_BP: Any,
+    io: Any, shape: Any, like: Any, acc_like: Any, scale: Any, softcap: Any, sees_R7: Any, table_BP: Any,
     items_N5: Any, joins_X4: Any, bounds_T1: Any,
 ) -> None:  # fmt: skip
     """All items; thread t computes those in [bounds[t], bounds[t + 1]), counted by item and key/value head."""
@@ -362,7 +380,7 @@ def attend_narrow(
         place = np.empty(TILE_SLOTS + AHEAD_SLOTS, np.int64)
         for unit in range(bounds_T1[t], bounds_T1[t + 1]):
             _attend_item(
-                items_N5[unit // kv_heads], unit % kv_heads, io, shape, like, scale, softcap, sees_R5, table_BP,
+                items_N5[unit // kv_heads], unit % kv_heads, io, shape, like, scale, softcap, sees_R7, table_BP,
                 q_XD, acc_XD, state_X2, s_GT, place,
             )  # fmt: skip
     if len(joins_X4) > 0:

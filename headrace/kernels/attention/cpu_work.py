@@ -18,15 +18,23 @@ ITEM_SLOTS = 24
 
 
 @njit_serial()
-def list_seen(rows: Any, lens_B3: Any, kv_len_B: Any, window: Any) -> Any:
-    """Slots that each row sees, int32 [R, 5]: request index, and two intervals of slots as [begin, end).
+def list_seen(rows: Any, bits_R: Any, n_words: Any, lens_B3: Any, kv_len_B: Any, window: Any) -> Any:
+    """Slots that each row sees, int32 [R, 7].
 
-    `rows` are the columns of AttentionRows; `lens_B3` says first row, number of rows and bound on the slots. A row
-    that belongs to no entry of `lens_B3`, or to a request that is not the entry's, sees nothing.
+    By row: request index; two intervals of slots as [begin, end); the first word of the mask over the second
+    interval, or -1; the slot of the mask's first bit.
+
+    `rows` are the columns of AttentionRows up to `reqs_B`; `bits_R` is empty if no row of the step has a mask;
+    `n_words` is the length of the table of words; `lens_B3` says first row, number of rows and bound on the slots. A
+    row that belongs to no entry of `lens_B3`, or to a request that is not the entry's, sees nothing.
+
+    Raises:
+        ValueError: a mask reaches behind the table of words.
     """
     req_R, t_R, a_R, b_R, c_R, _, reqs_B = rows
-    sees_R5 = np.zeros((len(req_R), 5), np.int32)
-    sees_R5[:, 0] = req_R
+    sees_R7 = np.zeros((len(req_R), 7), np.int32)
+    sees_R7[:, 0] = req_R
+    sees_R7[:, 5] = -1
     for entry in range(len(lens_B3)):
         first, count, limit = lens_B3[entry]
         for r in range(first, first + count):
@@ -35,20 +43,26 @@ def list_seen(rows: Any, lens_B3: Any, kv_len_B: Any, window: Any) -> Any:
             n = np.int64(kv_len_B[req_R[r]])
             low = max(t_R[r] - window + 1, 0) if window > 0 else 0
             end = min(max(n + a_R[r], 0), limit)
-            sees_R5[r, 1] = low
-            sees_R5[r, 2] = end
-            sees_R5[r, 3] = max(n + b_R[r], low, end)
-            sees_R5[r, 4] = min(n + c_R[r], limit)
-    return sees_R5
+            sees_R7[r, 1] = low
+            sees_R7[r, 2] = end
+            sees_R7[r, 3] = max(n + b_R[r], low, end)
+            sees_R7[r, 4] = min(n + c_R[r], limit)
+            if len(bits_R) > 0 and bits_R[r] >= 0:
+                sees_R7[r, 5] = bits_R[r]
+                sees_R7[r, 6] = n + b_R[r]
+                last = sees_R7[r, 4] - 1
+                if last >= sees_R7[r, 3] and bits_R[r] + (last - sees_R7[r, 6]) // 32 >= n_words:
+                    raise ValueError("a row's mask reaches behind the end of words_W: make the table longer")
+    return sees_R7
 
 
 @njit_serial()
-def _range_of(sees_R5: Any, first: Any, count: Any) -> Any:
+def _range_of(sees_R7: Any, first: Any, count: Any) -> Any:
     """Slots that a block of rows sees, from a tile's beginning; (0, 0) if none."""
     begin, end = np.int64(2**40), np.int64(0)
     for r in range(first, first + count):
         for i in (1, 3):
-            low, high = np.int64(sees_R5[r, i]), np.int64(sees_R5[r, i + 1])
+            low, high = np.int64(sees_R7[r, i]), np.int64(sees_R7[r, i + 1])
             if high > low:
                 begin, end = min(begin, low), max(end, high)
     begin = min(begin, end)
@@ -62,8 +76,8 @@ def _chunks_of(begin: Any, end: Any) -> Any:
 
 
 @njit_serial()
-def list_items(sees_R5: Any, lens_B3: Any, wide_from: Any) -> Any:
-    """Cut the rows of requests with fewer than `wide_from` rows into blocks, and what a block sees into chunks.
+def list_items(sees_R7: Any, lens_B3: Any, wide_B: Any) -> Any:
+    """Cut the rows of requests that are not wide into blocks, and what a block sees into chunks.
 
     Returns:
         items int64 [N, 5]: first row, rows, begin and end of the slots, first partial result or -1 where the item
@@ -71,11 +85,12 @@ def list_items(sees_R5: Any, lens_B3: Any, wide_from: Any) -> Any:
         and the number of partial results.
     """
     n_items = n_joins = n_parts = 0
-    for first, count, _ in lens_B3:
-        if count < wide_from:
+    for entry in range(len(lens_B3)):
+        first, count, _ = lens_B3[entry]
+        if not wide_B[entry]:
             for skip in range(0, count, BLOCK_ROWS):
                 size = min(count - skip, BLOCK_ROWS)
-                begin, end = _range_of(sees_R5, first + skip, size)
+                begin, end = _range_of(sees_R7, first + skip, size)
                 chunks = _chunks_of(begin, end)
                 n_items += chunks
                 if chunks > 1:
@@ -84,11 +99,12 @@ def list_items(sees_R5: Any, lens_B3: Any, wide_from: Any) -> Any:
     items_N5 = np.empty((n_items, 5), np.int64)
     joins_X4 = np.empty((n_joins, 4), np.int64)
     item = join = part = 0
-    for first, count, _ in lens_B3:
-        if count < wide_from:
+    for entry in range(len(lens_B3)):
+        first, count, _ = lens_B3[entry]
+        if not wide_B[entry]:
             for skip in range(0, count, BLOCK_ROWS):
                 size = min(count - skip, BLOCK_ROWS)
-                begin, end = _range_of(sees_R5, first + skip, size)
+                begin, end = _range_of(sees_R7, first + skip, size)
                 chunk, chunks = begin // CHUNK_SLOTS, _chunks_of(begin, end)
                 for i in range(chunks):
                     items_N5[item, 0] = first + skip

@@ -1,7 +1,9 @@
 """Paged attention over rows, as a dense mask in plain torch: the definition that every fast form is compared with.
 
 Row i of request r, with n = kv_len[r] committed slots, sees slot s of its request if and only if
-    (s < n + a_i  or  n + b_i <= s < n + c_i)  and  s >= low_i,   low_i = t_i - window + 1, or 0 without a window,
+    (s < n + a_i  or  n + b_i <= s < n + c_i and bit(i, s - n - b_i))  and  s >= low_i,
+    low_i = t_i - window + 1, or 0 without a window,
+    bit(i, j) = (words[bits_i + j // 32] >> (j % 32)) & 1, or 1 for all j if bits_i < 0,
 and out_i = sum_s p_s v_s with p = softmax of scale * q_i k_s over the seen slots (arXiv 1706.03762; pages: arXiv
 2309.06180; sinks: arXiv 2309.17453). Slot s lies in page page_table[r, s // S] at offset s % S.
 
@@ -39,6 +41,12 @@ class AttentionRows(NamedTuple):
     """Rows [row_ptr[i], row_ptr[i + 1]) belong to the i-th request of the step."""
     reqs_B: Tensor
     """Request index of the i-th request of the step."""
+    bits_R: Tensor | None = None
+    """-1, or the index in `words_W` of the first word of the row's mask over its second interval (tree drafts: a
+    row's ancestors, SpecInfer, arXiv 2305.09781). None: no row has a mask."""
+    words_W: Tensor | None = None
+    """Words of all masks, 32 slots each, the first slot in the lowest bit. Bits behind the interval's end are not
+    read. Given if and only if `bits_R` is."""
 
 
 class Span(NamedTuple):
@@ -58,6 +66,21 @@ class ReferencePlan(NamedTuple):
     spans: tuple[Span, ...]
 
 
+def check_bits(rows: AttentionRows) -> None:
+    """Raise ValueError unless masks and words come together, as int32 [R] and int32 [W]."""
+    if (rows.bits_R is None) != (rows.words_W is None):
+        name, other = ("words_W", "bits_R") if rows.bits_R is None else ("bits_R", "words_W")
+        raise ValueError(f"rows have {name} but no {other}: give both, or neither if no row has a mask")
+    if rows.bits_R is None or rows.words_W is None:
+        return
+    if rows.bits_R.dtype != torch.int32 or rows.bits_R.shape != rows.req_R.shape:
+        is_, rows_R = f"{rows.bits_R.dtype} {list(rows.bits_R.shape)}", list(rows.req_R.shape)
+        raise ValueError(f"bits_R is {is_}: it is torch.int32, one a row, {rows_R}")
+    if rows.words_W.dtype != torch.int32 or rows.words_W.dim() != 1:
+        is_ = f"{rows.words_W.dtype} {list(rows.words_W.shape)}"
+        raise ValueError(f"words_W is {is_}: words of masks are torch.int32 [W]")
+
+
 def find_spans(rows: AttentionRows, kv_len_B: Tensor) -> list[Span]:
     """The spans of a step, read from its tables. Waits for the device."""
     ptr = rows.row_ptr_B1.tolist()
@@ -73,19 +96,32 @@ def plan_attention(
     rows: AttentionRows, kv_len_B: Tensor, lens: Sequence[tuple[int, int, int]] | None = None
 ) -> ReferencePlan:
     """The plan of a step. `lens` holds the spans if the host knows them; without it the device is waited for."""
+    check_bits(rows)
     found = find_spans(rows, kv_len_B) if lens is None else lens
     return ReferencePlan(tuple(Span(*span) for span in found))
 
 
 def visible_slots(rows: AttentionRows, index: int, span: Span, kv_len_B: Tensor, window: int, slots: range) -> Tensor:
-    """Which of `slots` the rows of the step's request `index` see: bool [r, m]."""
+    """Which of `slots` the rows of the step's request `index` see: bool [r, m].
+
+    A mask that reaches behind the end of `words_W` raises IndexError on the CPU.
+    """
     req_1 = rows.reqs_B[index : index + 1]
     n_1 = kv_len_B.index_select(0, req_1)
     a_r1, b_r1, c_r1, t_r1, req_r1 = (
         x[span.first : span.first + span.rows, None] for x in (rows.a_R, rows.b_R, rows.c_R, rows.t_R, rows.req_R)
     )
     s_m = torch.arange(slots.start, slots.stop, dtype=torch.int32, device=n_1.device)
-    seen_rm = (s_m < n_1 + a_r1) | ((s_m >= n_1 + b_r1) & (s_m < n_1 + c_r1))
+    second_rm = (s_m >= n_1 + b_r1) & (s_m < n_1 + c_r1)
+    if rows.bits_R is not None and rows.words_W is not None:
+        bits_r1 = rows.bits_R[span.first : span.first + span.rows, None]
+        masked_rm = second_rm & (bits_r1 >= 0)
+        j_rm = s_m - (n_1 + b_r1)
+        # Where no mask is asked, a word in front of the table is read.
+        words_W = torch.cat([rows.words_W.new_zeros(1), rows.words_W])
+        word_rm = words_W[torch.where(masked_rm, 1 + bits_r1 + j_rm // 32, 0).long()]
+        second_rm &= ~masked_rm | ((word_rm >> (j_rm % 32)) & 1).bool()
+    seen_rm = (s_m < n_1 + a_r1) | second_rm
     if window > 0:
         seen_rm &= s_m > t_r1 - window
     return seen_rm & (req_r1 == req_1)
