@@ -290,7 +290,7 @@ class Engine:
             arrival=request.arrival,
             running=running,
             least=demand.least,
-            most=demand.most,
+            most=min(demand.most, request.limit - done),  # rows of a tree take slots too
             scratch=demand.scratch,
             most_slots=request.limit,
             decoding=running and request.pending == 1,

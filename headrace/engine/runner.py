@@ -98,7 +98,7 @@ class _Context:
         self._first_layer = stream.first_layer
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
-        masks = (rows.bits, rows.words.flatten()) if runner.has_trees else ()
+        masks = (rows.bits, rows.words.flatten()) if runner.has_trees else (None, None)
         self._rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
         req_R = rows.req.long()
         self._plans: dict[int, AttentionPlan] = {}

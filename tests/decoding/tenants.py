@@ -246,6 +246,7 @@ class Soft(ChainDecoder):
 
 
 TENANTS = {
+    "test_tree": Tree,
     "test_jacobi": Jacobi,
     "test_soft": Soft,
     "test_always_right": AlwaysRight,
