@@ -19,6 +19,8 @@ endif
 DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 64 --seed 1 --compare
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
+# The suites over the tiny model, which `make test-gpu` runs on the GPU.
+SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"
 
@@ -65,6 +67,7 @@ test-all: lint
 
 test-gpu: $(DEVELOPMENT)
 	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs $(PYTEST_ARGS)
+	@HEADRACE_TEST_DEVICE=cuda $(PY) -m pytest $(SUITES) $(PYTEST_ARGS)
 
 bench: $(RUNTIME)
 	@$(PY) -m headrace.cli bench cpu

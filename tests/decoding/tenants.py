@@ -35,8 +35,8 @@ class _Scripted(ChainDecoder):
         return room
 
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
-        draft_BK = torch.zeros(len(seg.grants), self.most, dtype=torch.int32)
-        count_B = torch.zeros(len(seg.grants), dtype=torch.int32)
+        draft_BK = torch.zeros(len(seg.grants), self.most, dtype=torch.int32, device=seg.table.device)
+        count_B = torch.zeros(len(seg.grants), dtype=torch.int32, device=seg.table.device)
         for i, index in enumerate(seg.reqs_B.tolist()):
             known = tuple(seg.table.hist[index, : int(seg.table.n_tok[index])].tolist())
             ahead = next(
@@ -120,7 +120,7 @@ class Tree(_Scripted):
             # The interval of a node begins behind the pending rows, which all nodes see.
             seg.rows.a[where_X] = pending_X[:, 0]
             seg.rows.b[where_X] = pending_X[:, 0]
-            offset_k = torch.arange(2 * self.most)
+            offset_k = torch.arange(2 * self.most, device=where_X.device)
             mine = (offset_k // d_R[where_X, None] == branch_R[where_X, None]) & (offset_k <= node_R[where_X, None])
             seg.mask_rows(where_X, mine)
 
@@ -131,7 +131,7 @@ class Tree(_Scripted):
         draft_MK = self.draft_BK[req_M]
         draft_MK = torch.where((branch_M == 0)[:, None], (draft_MK + 1) % self.setup.model.config.vocab_size, draft_MK)
         count_M = torch.where(node_M >= 0, depth_M + 1, 0)
-        return torch.where(torch.arange(self.most) < count_M[:, None], draft_MK, -1).long()
+        return torch.where(torch.arange(self.most, device=count_M.device) < count_M[:, None], draft_MK, -1).long()
 
     def resolve(self, seg: Segment, id_M: Tensor, hidden_ME: Tensor) -> Commit:
         """The walk, request by request."""
@@ -164,7 +164,7 @@ class Tree(_Scripted):
             for k, (token, draw) in enumerate(emitted):
                 emit[i, k], priced[i, k] = token, draw
             path[i, : len(accepted)] = torch.tensor(accepted, dtype=torch.int32)
-        return Commit(n_kv, n_emit, emit, priced, path, path_from)
+        return Commit(*(x.to(id_M.device) for x in (n_kv, n_emit, emit, priced, path, path_from)))
 
 
 class Jacobi(ChainDecoder):
@@ -172,14 +172,16 @@ class Jacobi(ChainDecoder):
     slots are written again (parallel decoding by fixed points, arXiv 2305.10427)."""
 
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
-        draft_BK = torch.arange(self.most, dtype=torch.int32).expand(len(seg.grants), -1).clone()
+        draft_BK = (
+            torch.arange(self.most, dtype=torch.int32, device=seg.table.device).expand(len(seg.grants), -1).clone()
+        )
         going_B = self.going_B[seg.reqs_B]
         draft_BK = torch.where(going_B[:, None], self.draft_BK[seg.reqs_B], draft_BK)
         return draft_BK, room_B.int()
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.going_B = torch.zeros(setup.max_reqs + 1, dtype=torch.bool)
+        self.going_B = torch.zeros(setup.max_reqs + 1, dtype=torch.bool, device=setup.device)
 
     def admit(self, request: Request) -> None:
         super().admit(request)
@@ -232,12 +234,12 @@ class Soft(ChainDecoder):
             self.next_B[r] = id_M[mine].clamp(min=0).tolist()
         assert hidden_ME.shape[0] == len(id_M)
         norm_ME = hidden_ME / hidden_ME.norm(dim=1, keepdim=True)
-        self.soft.table_SE[:] = norm_ME[-1] * torch.arange(1, self.n_soft + 1)[:, None]
+        self.soft.table_SE[:] = norm_ME[-1] * torch.arange(1, self.n_soft + 1, device=id_M.device)[:, None]
         return super().resolve(seg, id_M, hidden_ME)
 
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
-        draft_BK = torch.zeros(len(seg.grants), self.most, dtype=torch.int32)
-        count_B = torch.zeros(len(seg.grants), dtype=torch.int32)
+        draft_BK = torch.zeros(len(seg.grants), self.most, dtype=torch.int32, device=seg.table.device)
+        count_B = torch.zeros(len(seg.grants), dtype=torch.int32, device=seg.table.device)
         for i, r in enumerate(seg.reqs_B.tolist()):
             found = self.next_B.get(r, [])[: min(self.most, int(room_B[i]))]
             draft_BK[i, : len(found)] = torch.tensor(found, dtype=torch.int32)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import CONFIG, VOCAB, alone_of, make_engine, run_all, tiny_model
+from tiny import CONFIG, VOCAB, alone_of, examples, make_engine, run_all, tiny_model
 
 from headrace.errors import ConfigError, RequestError
 from headrace.params import SamplingParams
@@ -44,7 +44,7 @@ def drafter() -> Iterator[str]:
         tensors = {}
         for name, views in model.tensors().items():
             noise = torch.randn(views[0].shape, generator=generator, dtype=torch.float64)
-            tensors[name] = (views[0] * (1 + 0.1 * noise)).contiguous()
+            tensors[name] = (views[0].cpu() * (1 + 0.1 * noise)).contiguous()
         save_file(tensors, str(Path(directory) / "model.safetensors"))
         yield directory
 
@@ -160,7 +160,8 @@ def test_the_cache_after_every_commit_is_that_of_plain_decoding(drafter: str) ->
             engine.step()
             if request.index >= 0:
                 n, layers = request.n_done, len(tiny_model().layer_states())
-                place = engine.cache.place(0, torch.full((n,), request.index), torch.arange(n))
+                slots = torch.arange(n, device=engine.device)
+                place = engine.cache.place(0, torch.full_like(slots, request.index), slots)
                 pools = [pool.flatten(1, 2)[:, place] for i in range(layers) for pool in engine.cache.layer_pools(i)]
                 seen[n] = request.tokens[: n + 1], pools
         return seen
@@ -182,7 +183,7 @@ def test_mixed_decoders_share_a_batch(drafter: str, events: Counter[str]) -> Non
     """Law 1 with random decoders a request, chunks, famine, hits and aborts."""
     events.update(dict.fromkeys(["mixed steps", "famine", "chunk", "hit", "accepted", "rejected", "abort", *ALL], 0))
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         rng = random.Random(data.draw(st.integers(0, 2**32)))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, alone, make_engine, run_all
+from tiny import VOCAB, alone, examples, make_engine, run_all
 
 from headrace.params import SamplingParams
 from headrace.request import Request
@@ -73,7 +73,7 @@ def test_forks_change_no_token(events: Counter[str]) -> None:
     """Random prompts, budgets, page sizes and famine, with aborts of whole groups, plain and speculating."""
     events.update(dict.fromkeys(["fork", "famine", "abort", "short prompt", "ngram"], 0))
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         page_size = data.draw(st.sampled_from([1, 2, 4, 16]))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import MODEL_LEN, VOCAB, alone_of, make_engine
+from tiny import MODEL_LEN, VOCAB, alone_of, examples, make_engine
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams
@@ -78,7 +78,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, events: Counter[s
         dict.fromkeys(["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token"], 0)
     )
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         arrivals=st.lists(arrival_strategy, min_size=1, max_size=7),
         budget=st.sampled_from([1, 7, 64, 768, 10**6]),

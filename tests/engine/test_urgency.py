@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_law_one import params_strategy, prompt_strategy
-from tiny import alone_of, make_engine, run_all
+from tiny import alone_of, examples, make_engine, run_all
 
 from headrace.engine.engine import Engine
 from headrace.errors import InvariantError, RequestError
@@ -45,7 +45,7 @@ def test_tokens_depend_on_neither_priority_nor_deadline(scheduler: str, events: 
     counted = ["overtake", "preemption by priority", "famine", "timeout waiting", "timeout running", "in time", "hit"]
     events.update(dict.fromkeys(counted, 0))
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         arrivals=st.lists(
             st.tuples(

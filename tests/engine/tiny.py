@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,18 @@ from headrace.models.checkpoint import load_model
 from headrace.params import SamplingParams
 from headrace.request import Request
 
+DEVICE = os.environ.get("HEADRACE_TEST_DEVICE", "cpu")
+"""Where the suites run: `make test-gpu` runs them on a GPU too."""
+
 VOCAB = 61
 EOS = 3
 MODEL_LEN = 96
+
+
+def examples(count: int) -> int:
+    """Examples of a property test: fewer on a GPU, where steps of a tiny model take longer."""
+    return count if DEVICE == "cpu" else max(count // 5, 30)
+
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,7 +65,7 @@ def tiny_model(dtype: str = "float64", seed: int = 0) -> CausalLM:
             if weight.dim() == 2:
                 scale = 1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale)
-    return model
+    return model.to(DEVICE)
 
 
 def make_engine(
@@ -67,7 +77,7 @@ def make_engine(
 ) -> Engine:
     """An engine over the tiny model that audits itself after every step."""
     settings: dict[str, Any] = {"num_pages": 512, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "page_size": 4}
-    config = EngineConfig(**{**settings, "check_invariants": True, "device": "cpu", **options})
+    config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
     return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock)
 
 
