@@ -66,6 +66,7 @@ class AsyncLLM:
         front = LLM(model, **options).front if front is None else front
         if front.live or front.engine.has_work:
             raise ConfigError("the front is in use: let its requests end, or shut down the AsyncLLM that drives it")
+        front.live = True
         self._front = front
         self._room = _Room(max_queue)
         self._worker = _Worker(front, self._room)
@@ -441,7 +442,6 @@ class _Worker:
     # In the engine's thread
 
     def _run(self) -> None:
-        self._front.live = True
         try:
             while self._wait_for_work():
                 while self._work:

@@ -160,6 +160,8 @@ class LLM:
         priorities: Sequence[int],
         deadline_s: float | None,
     ) -> list[RequestOutput]:
+        if self.front.live:
+            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
         queued: list[list[Request]] = []
         try:
             for number, (prompt, one, priority) in enumerate(zip(encoded, params, priorities, strict=True)):
