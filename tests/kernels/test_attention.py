@@ -316,7 +316,8 @@ def count_events(events: Counter[str], case: Case, wide: int) -> None:
 
 
 MASKS = "masks,masks of several words,masks without a set bit,words below zero,first interval only,"
-MASKS += "windows over masks,large requests with masks,steps of requests with and without masks,tables without a mask"
+MASKS += "masks with nothing committed,windows over masks,large requests with masks,"
+MASKS += "steps of requests with and without masks,tables without a mask"
 
 
 def count_masks(case: Case) -> dict[str, int]:
@@ -334,6 +335,9 @@ def count_masks(case: Case) -> dict[str, int]:
         "masks without a set bit": sum(not any(mask) for mask, _ in mine),
         "words below zero": int((case.rows.words_W < 0).sum()),
         "first interval only": sum(not any(mask) and bool(seen) for mask, seen in mine),
+        "masks with nothing committed": sum(
+            bool(mask) and not int(case.kv_len_B[int(r)]) for mask, r in zip(case.masks, case.rows.req_R, strict=True)
+        ),
         "windows over masks": len(mine) * (case.options["window"] > 0),
         "large requests with masks": sum(
             has and count >= cpu.WIDE_FROM for has, (_, count, _) in zip(has_B, case.lens, strict=False)
@@ -378,7 +382,7 @@ def test_reference_is_the_definition(events: Counter[str]) -> None:
 def test_reference_with_masks_is_the_definition(events: Counter[str]) -> None:
     expect_events(events, *MASKS.split(","))
 
-    @settings(PROFILE, max_examples=80)
+    @settings(PROFILE, max_examples=150)
     @given(case=cases(masks=True))
     def check(case: Case) -> None:
         compare(case, case.run(reference.attend), by_loops(case), 1e-12)
@@ -455,7 +459,7 @@ def test_cpu_with_masks_is_the_reference(events: Counter[str], largest: int) -> 
     if largest == 700:
         expect_events(events, "several chunks")
 
-    @settings(PROFILE, max_examples=60)
+    @settings(PROFILE, max_examples=150)
     @given(case=cases(dtypes=tuple(TOLERANCE), largest=largest, masks=True))
     def check(case: Case) -> None:
         compare_forms(case, events)
