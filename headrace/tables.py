@@ -56,9 +56,9 @@ class RequestTable:
         mirror = self._mirrors[name] = Mirror(shape, dtype, self.device, fill, axis)
         return mirror.device_table
 
-    def kv_len_of(self, model: int) -> list[Tensor]:
-        """The committed slots in each group of a model, int32 [Bmax+1]; model 0 is the one that decodes."""
-        return list(self.kv_len[self._ends[model] : self._ends[model + 1]])
+    def kv_len_of(self, model: int) -> Tensor:
+        """The committed slots in the groups of a model, int32 [groups, Bmax+1]; model 0 is the one that decodes."""
+        return self.kv_len[self._ends[model] : self._ends[model + 1]]
 
     def admit(self, request: Request, index: int) -> None:
         """Write the row of a request that takes `index`, its clocks standing at `request.n_done`."""

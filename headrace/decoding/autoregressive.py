@@ -10,26 +10,14 @@ import torch
 from torch import Tensor
 
 from headrace.decoding.base import DECODERS, Clocks, Decoder, Demand, Segment
+from headrace.kernels.chain_rows import History, chain_rows
 from headrace.step import Commit
 
 
 def plan_known(seg: Segment) -> None:
-    """Rows of a chunk: a = 0 (everything committed), and the step's own slots up to the row itself.
-
-    Token ids are read from the history, whatever lies there behind the known tokens.
-    """
-    rows, table = seg.rows, seg.table
-    req_R = seg.reqs_B[seg.entry_R]
-    t_R = table.n_done[req_R] + seg.k_R
-    rows.req.copy_(req_R)
-    rows.t.copy_(t_R)
-    rows.tok.copy_(table.hist[req_R, t_R.long()])
-    rows.pos.copy_(t_R + table.pos_off[req_R])
-    rows.dst.copy_(seg.k_R)
-    rows.a.zero_()
-    rows.b.zero_()
-    rows.bits.fill_(-1)
-    torch.add(seg.k_R, 1, out=rows.c)
+    """Rows of a chunk. Token ids are read from the history, whatever lies there behind the known tokens."""
+    table = seg.table
+    chain_rows(seg.rows, History(table.hist, table.n_done, table.pos_off), seg.entry_R, seg.k_R)
 
 
 @DECODERS.register(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,46 +109,58 @@ class Segment:
     @cached_property
     def grant_B(self) -> Tensor:
         """Rows of each request, int64 [B]."""
-        return self._ints(self.grants)
+        return self._tensor(self._grants)
 
     @cached_property
     def first_B(self) -> Tensor:
         """First row of each request within the segment, int64 [B]."""
-        return (self.rows.row_ptr[:-1] - self.rows.row_ptr[0]).long()
+        return self._tensor(_before(self._grants))
 
     @cached_property
     def entry_R(self) -> Tensor:
         """Request of each row, as a place in the segment, int64 [R]."""
-        places = torch.arange(len(self.grants), device=self.table.device)
-        return places.repeat_interleave(self.grant_B, output_size=sum(self.grants))
+        return self._tensor(np.repeat(np.arange(len(self.grants)), self._grants))
 
     @cached_property
     def k_R(self) -> Tensor:
         """Offset of each row within its request, int32 [R]."""
-        rows = torch.arange(sum(self.grants), device=self.table.device)
-        return (rows - self.first_B[self.entry_R]).int()
+        first_R = np.repeat(_before(self._grants), self._grants)
+        return self._tensor((np.arange(len(first_R)) - first_R).astype(np.int32))
 
     @cached_property
     def n_out_B(self) -> Tensor:
         """Draws of each request, int64 [B]."""
-        return self._ints(self.outputs)
+        return self._tensor(self._outputs)
 
     @cached_property
     def out_first_B(self) -> Tensor:
         """First draw of each request within the segment, int64 [B]."""
-        return self.n_out_B.cumsum(0) - self.n_out_B
+        return self._tensor(_before(self._outputs))
 
     @cached_property
     def out_entry_M(self) -> Tensor:
         """Request of each draw, as a place in the segment, int64 [M]."""
-        places = torch.arange(len(self.outputs), device=self.table.device)
-        return places.repeat_interleave(self.n_out_B, output_size=sum(self.outputs))
+        return self._tensor(np.repeat(np.arange(len(self.outputs)), self._outputs))
 
     @cached_property
     def out_row_M(self) -> Tensor:
         """Row of each draw within the segment, int64 [M]."""
-        j_M = torch.arange(sum(self.outputs), device=self.table.device) - self.out_first_B[self.out_entry_M]
-        return (self.first_B + self.grant_B - self.n_out_B)[self.out_entry_M] + j_M
+        outputs = self._outputs
+        begin_B = _before(self._grants) + self._grants - outputs - _before(outputs)
+        return self._tensor(np.repeat(begin_B, outputs) + np.arange(outputs.sum()))
+
+    # Sizes are known to the host: what follows from them alone is made there and uploaded.
+
+    @cached_property
+    def _grants(self) -> np.ndarray:
+        return np.array(self.grants, np.int64)
+
+    @cached_property
+    def _outputs(self) -> np.ndarray:
+        return np.array(self.outputs, np.int64)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.table.device)
 
     def mask_rows(self, where_X: Tensor, sees_Xk: Tensor) -> None:
         """Let rows of the segment see only some slots of their second interval.
@@ -161,8 +174,10 @@ class Segment:
         self.rows.words[where_X] = torch.where(words >= 2**31, words - 2**32, words).int()
         self.rows.bits[where_X] = ((self.rows.row_ptr[0] + where_X) * MASK_WORDS).int()
 
-    def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.table.device)
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """Sums of all counts before each."""
+    return np.cumsum(counts) - counts
 
 
 class Decoder(ABC):

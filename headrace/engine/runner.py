@@ -18,7 +18,8 @@ from torch import Tensor
 
 from headrace.cache.manager import CacheManager
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
-from headrace.engine.commit import Committed, apply_commit, join, moves
+from headrace.engine.commit import apply_commit, join, moves
+from headrace.kernels.advance import Advanced
 from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.models.base import CausalLM
@@ -166,7 +167,7 @@ class Runner:
         self.times = StepTimes()
         self.rows = RowTable.allocate(max_rows, table.ghost, table.ghost, 1, self.device)
         own = [
-            OwnModel(partial(self._evaluate, stream), table.kv_len_of(number))
+            OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
             for number, stream in enumerate(streams[1:], 1)
         ]
         weight = next(self.model.parameters())
@@ -230,7 +231,9 @@ class Runner:
         for name, members in itertools.groupby(granted, key=lambda g: g.request.decoder):
             decoder, mine = self.decoders[name], list(members)
             grants = [g.rows for g in mine]
-            part = rows.part(range(first_row, first_row + sum(grants)), range(first, first + len(mine)))
+            part = rows
+            if len(mine) < len(granted):
+                part = rows.part(range(first_row, first_row + sum(grants)), range(first, first + len(mine)))
             prompts = [g.request.pending > 1 for g in mine]
             outputs = [decoder.n_outputs(n) for n in grants]
             segments.append((decoder, Segment(self.table, part, grants, outputs, prompts)))
@@ -329,7 +332,7 @@ class Runner:
         self,
         granted: Sequence[Granted],
         commit: Commit,
-        committed: Committed,
+        committed: Advanced,
         logprob_M: Tensor,
         drafted: list[int],
         raw_MV: Tensor,

@@ -15,8 +15,9 @@ from headrace.cache.manager import CacheManager
 from headrace.decoding.base import Segment
 from headrace.decoding.chain import ChainDecoder
 from headrace.engine import runner
-from headrace.engine.commit import Committed, apply_commit
+from headrace.engine.commit import apply_commit
 from headrace.errors import HeadraceError
+from headrace.kernels.advance import Advanced
 from headrace.params import SamplingParams
 from headrace.step import Commit
 from headrace.tables import RequestTable
@@ -62,7 +63,7 @@ def test_accepted_keys_that_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_commit_without_the_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unclamped(table: RequestTable, reqs_B: torch.Tensor, commit: Commit) -> Committed:
+    def unclamped(table: RequestTable, reqs_B: torch.Tensor, commit: Commit) -> Advanced:
         stops = table.stop_ids.clone()
         table.stop_ids.fill_(-1)
         done = apply_commit(table, reqs_B, commit)
