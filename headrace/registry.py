@@ -7,9 +7,9 @@ so that a new part is tested by existing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 from headrace.errors import ConfigError
 
@@ -34,6 +34,8 @@ class Part(Generic[T]):
     """Paper (arXiv id) or other origin."""
     composes: str = "everything"
     """What it combines with, or the exceptions that are refused at start."""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EngineConfig` or `SamplingParams` that turn the part on, as the tests of pairs do."""
 
 
 class Registry(Generic[T]):
@@ -45,7 +47,15 @@ class Registry(Generic[T]):
         self._parts: dict[str, Part[T]] = {}
 
     def register(
-        self, name: str, *, label: Label, summary: str, source: str = "", option: str = "", composes: str = "everything"
+        self,
+        name: str,
+        *,
+        label: Label,
+        summary: str,
+        source: str = "",
+        option: str = "",
+        composes: str = "everything",
+        example: Mapping[str, Any] | None = None,
     ) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Decorator for a class or factory. Raises ConfigError when the name is taken."""
 
@@ -53,7 +63,8 @@ class Registry(Generic[T]):
             if name in self._parts:
                 raise ConfigError(f"{self.seam} {name!r} is registered twice: choose another name")
             how = option or f'{self.option}="{name}"'
-            self._parts[name] = Part(name, make, label, how, summary, source, composes)
+            settings = {self.option: name} if example is None else example
+            self._parts[name] = Part(name, make, label, how, summary, source, composes, settings)
             return make
 
         return add

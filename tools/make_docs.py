@@ -40,6 +40,7 @@ def systems_page() -> str:
             for p in registry
         ]
         lines.append("")
+    lines += ["## Pairs", "", *_pairs(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
     lines += [
@@ -48,6 +49,24 @@ def systems_page() -> str:
         "torch forms, which are right but not fast.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pairs() -> list[str]:
+    """How many pairs of parts there are, seam by seam."""
+    seams = [registry.seam for registry in REGISTRIES]
+    lines = [
+        "Every pair of parts of two seams runs in `tests/test_pairs.py`: either the tokens of each request are those",
+        "that the lossy part alone, or plain decoding, gives it, or the engine refuses to start with a sentence.",
+        "",
+        "| | " + " | ".join(seams) + " |",
+        "| --- " * (len(seams) + 1) + "|",
+    ]
+    for i, one in enumerate(REGISTRIES):
+        cells = [
+            f"{len(one.names()) * len(other.names())} pairs" if j > i else "" for j, other in enumerate(REGISTRIES)
+        ]
+        lines.append(f"| {one.seam} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def options_page() -> str:

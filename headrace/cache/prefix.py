@@ -31,6 +31,7 @@ class PrefixNode:
     "exact_prefix",
     label="exact",
     option="enable_prefix_caching=True",
+    example={"enable_prefix_caching": True},
     summary="Pages of exact common prefixes are shared; the last token is always recomputed.",
     source="hashed blocks: PagedAttention, arXiv 2309.06180",
     composes="everything; requests with prompt_logprobs evaluate their whole prompt",

@@ -28,6 +28,7 @@ from headrace.tables import RequestTable
     summary="A smaller model drafts a chain; verified by the coupled walk.",
     source="arXiv 2211.17192, 2302.01318",
     option='decoder="draft_model", draft_model="<checkpoint>"',
+    example={"decoder": "draft_model", "draft_model": "<checkpoint>"},
 )
 class DraftModel(ChainDecoder):
     """Runs the draft model after every commit, for all its requests together."""

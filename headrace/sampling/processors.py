@@ -50,7 +50,11 @@ PROCESSORS: Registry[LogitProcessor] = Registry("logit processor", "SamplingPara
 
 
 @PROCESSORS.register(
-    "logit_bias", label="exact", summary="Adds a value to the logits of given tokens.", option="logit_bias={id: value}"
+    "logit_bias",
+    label="exact",
+    summary="Adds a value to the logits of given tokens.",
+    option="logit_bias={id: value}",
+    example={"logit_bias": {7: 3.0}},
 )
 class LogitBias:
     """logits[v] += bias[v]."""
@@ -89,6 +93,7 @@ class LogitBias:
     summary="Repetition, presence and frequency penalties.",
     source="repetition: CTRL, arXiv 1909.05858",
     option="repetition_penalty=, presence_penalty=, frequency_penalty=",
+    example={"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
 )
 class Penalties:
     """Repetition: l / r where l > 0, else l * r, for tokens in prompt or output; then l - f * count - p * [count > 0]
@@ -147,6 +152,7 @@ class Penalties:
     label="exact",
     summary="Only the given tokens may be drawn.",
     option="allowed_token_ids=[...]",
+    example={"allowed_token_ids": list(range(20))},
 )
 class AllowedTokens:
     """logits[v] = -inf for v outside the allowed set."""
@@ -180,7 +186,11 @@ class AllowedTokens:
 
 
 @PROCESSORS.register(
-    "min_tokens", label="exact", summary="No stop token before so many output tokens.", option="min_tokens="
+    "min_tokens",
+    label="exact",
+    summary="No stop token before so many output tokens.",
+    option="min_tokens=",
+    example={"min_tokens": 8},
 )
 class MinTokens:
     """logits[stop ids] = -inf while fewer than min_tokens tokens are out."""
