@@ -52,7 +52,7 @@ class Scan(Protocol):
         otherwise they would depend on the schedule. A scan row by row is so; one by chunks is not, unless the cuts are.
 
         Args:
-            state_BX: states before the first row; a copy that may be overwritten and returned.
+            state_BX: states before the first row, float32 or float64; a copy that may be overwritten and returned.
             inputs: at least one tensor [R, ...], rows in order; not to be changed, they may be scanned again.
             row_ptr: borders, int32 [B+1]: the rows of request b are [row_ptr[b], row_ptr[b+1]), possibly none, which
                 leaves its state as it is. Rows behind the last border belong to nobody: their outputs are not read.
