@@ -87,7 +87,7 @@ class Engine:
         state_groups = group_states(model.layer_states())
         for name, part in self.decoders.items():
             own_states = [state for own in part.models for state in own.layer_states()]
-            check_decoder(name, state_groups, drafts=part.e_max - 1, tree=part.tree, own=own_states)
+            check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
         n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len, fixed_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
@@ -176,7 +176,8 @@ class Engine:
             for sample in range(params.n)
         ]
         for request in samples:
-            request.parent = samples[0] if request.sample else None
+            # A fork would need the states at the end of the prompt, and they have gone on.
+            request.parent = samples[0] if request.sample and not self.states.groups else None
             self._enqueue(request)
         return samples
 

@@ -34,7 +34,7 @@ from headrace.parts import SCHEDULERS
 from headrace.request import Finish, Request
 
 HYBRID, PURE = "RAWRAW", "RR"
-DECODERS = ["autoregressive", "ngram", "test_always_right", "test_always_wrong", "test_sometimes_right"]
+DECODERS = ["autoregressive", "ngram", "test_always_right", "test_always_wrong", "test_jacobi", "test_sometimes_right"]
 TOLERANCE = 1e-12
 
 Snapshot = tuple[Request, int, dict[int, Tensor]]
@@ -43,7 +43,7 @@ Snapshot = tuple[Request, int, dict[int, Tensor]]
 
 @pytest.fixture(autouse=True)
 def _tenants() -> Iterator[None]:
-    with tenants.registered(*tenants.CHAINS.items()):
+    with tenants.registered(*tenants.TENANTS.items()):
         yield
 
 
@@ -94,7 +94,7 @@ def check_tokens(pattern: str, request: Request) -> None:
 
 def take_down(engine: Engine, seen: list[Snapshot]) -> None:
     """The states of every running request, to be compared once all its tokens are known."""
-    for request in engine._running.values():
+    for request in engine.running:
         states = {layer: engine.states.state(layer, request.index).clone() for layer in engine.states.layers}
         seen.append((request, request.n_done, states))
 
@@ -194,9 +194,9 @@ def test_any_schedule_equals_one_naive_forward(pattern: str, events: Counter[str
                 after = arrivals[number][3]
                 if after is not None and step == arrivals[number][0] + after and not request.finish:
                     engine.abort(request.request_id)
-            before = {r.request_id: (r.n_done, r.drafted) for r in engine._running.values()}
+            before = {r.request_id: (r.n_done, r.drafted) for r in engine.running}
             engine.step()
-            for request in engine._running.values():
+            for request in engine.running:
                 done, drafted = before.get(request.request_id, (0, 0))
                 if drafted and budget > drafted * seats:  # otherwise drafts may have got no rows
                     events["drafts accepted"] += request.n_done - done - 1
@@ -235,6 +235,20 @@ def test_a_repeated_prompt_is_not_found_in_the_prefix_cache(pattern: str) -> Non
 
 
 @pytest.mark.parametrize("pattern", [HYBRID, PURE])
+def test_samples_evaluate_the_prompt_for_themselves(pattern: str) -> None:
+    """The first one's states have gone past the prompt when the others begin."""
+    engine = make(pattern, max_num_batched_tokens=9)
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=8, seed=2, ignore_eos=True)
+    samples = engine.add(REPEATS[:10], params, request_id="r")
+    run_all(engine)
+    for request in samples:
+        check_tokens(pattern, request)
+    assert len({tuple(request.output_ids) for request in samples}) == 4
+    assert engine.stats.forks == 0
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("pattern", [HYBRID, PURE])
 def test_a_record_taken_at_any_step_continues_with_the_same_tokens(pattern: str) -> None:
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=10, ignore_eos=True)
     for stop_after in range(1, 12):
@@ -244,7 +258,7 @@ def test_a_record_taken_at_any_step_continues_with_the_same_tokens(pattern: str)
             first.step()
         if not first.has_work:
             break
-        record = request.to_record()
+        record = first.export(request)
         first.abort("r")
         first.check_idle()
         second = make(pattern)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headrace.layers.norm import RMSNorm
 from headrace.layers.placement import Placement
 from headrace.models.base import CausalLM
+from headrace.models.decoder import embed
 from headrace.step import LayerState, StepContext
 
 VOCAB, EOS, MODEL_LEN = 31, 3, 96
@@ -61,8 +62,8 @@ class Toy(CausalLM):
         super().__init__()
         self.pattern = pattern
         self.max_model_len = MODEL_LEN
-        # The engine asks for the vocabulary's size, and for a text that names the model.
-        self.config: Any = SimpleNamespace(vocab_size=vocab, pattern=pattern)
+        # The engine asks for these sizes, and for a text that names the model.
+        self.config: Any = SimpleNamespace(vocab_size=vocab, hidden_size=WIDTH, pattern=pattern)
         generator = torch.Generator().manual_seed(5)
 
         def weight(*shape: int) -> nn.Parameter:
@@ -100,7 +101,7 @@ class Toy(CausalLM):
 
     def forward(self, tok_R: Tensor, ctx: StepContext, wanted_M: Tensor | None = None) -> Tensor:
         """Rows through the step's operations."""
-        x_RE = F.embedding(tok_R, self.embed_VE)
+        x_RE = embed(tok_R, self.embed_VE, ctx.soft_SE)
         layer = 0
         for block, kind in enumerate(self.pattern):
             h_RE = self.norm(x_RE)
