@@ -8,6 +8,7 @@ ghost that padding points at), G cache groups, A position axes, M output rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,11 +31,33 @@ class LayerState:
     """What one layer keeps for a request. The engine never asks what a layer is."""
 
     kind: str
-    """`paged`: keys and values of all tokens; `window`: of the last `window` tokens."""
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
+    """`paged`: keys and values of all tokens; `window`: of the last `window` tokens; `fixed`: one state."""
+    kv_heads: int = 0
+    head_dim: int = 0
+    v_head_dim: int = 0
     window: int = 0
+    state_shape: tuple[int, ...] = ()
+    """Axes of a fixed state, those of one request."""
+    ring: int = 0
+    """Rows of a request that a step may evaluate and not accept; a decoder that drafts more is refused."""
+
+
+class Scan(Protocol):
+    """A layer's recurrence over the rows of a step. Letters: B requests, R rows, X the axes of a state."""
+
+    def __call__(self, state_BX: Tensor, inputs: Sequence[Tensor], row_ptr: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [R, ...] of all rows, and the states [B, *X] behind the last row of each request.
+
+        Bit for bit a request's results depend on its own state and rows, and not on how its rows are cut into calls;
+        otherwise they would depend on the schedule. A scan row by row is so; one by chunks is not, unless the cuts are.
+
+        Args:
+            state_BX: states before the first row, float32 or float64; a copy that may be overwritten and returned.
+            inputs: at least one tensor [R, ...], rows in order; not to be changed, they may be scanned again.
+            row_ptr: borders, int32 [B+1]: the rows of request b are [row_ptr[b], row_ptr[b+1]), possibly none, which
+                leaves its state as it is. Rows behind the last border belong to nobody: their outputs are not read.
+        """
+        ...
 
 
 class StepContext(Protocol):
@@ -62,6 +85,14 @@ class StepContext(Protocol):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the rows' keys and values into the layer's cache, then attend. Returns [R, H, Dv]."""
+        ...
+
+    def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
+        """Scan the rows from the layer's fixed states, once a step. Returns the scan's outputs, [R, ...].
+
+        The state advances at the commit, by the accepted rows. A block with two states (a short convolution before a
+        recurrence) is two layers to the step.
+        """
         ...
 
 

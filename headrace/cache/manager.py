@@ -43,12 +43,17 @@ class Hit(NamedTuple):
 def group_layers(states: Sequence[LayerState], first: int = 0) -> list[CacheGroup]:
     """One group for each distinct kind of layer, in order of appearance; layers are counted from `first`.
 
-    Raises ConfigError for a kind of layer that no cache exists for.
+    Layers with fixed states have no pages and are passed over. Raises ConfigError for a kind of layer that no cache
+    exists for.
     """
     layers: dict[LayerState, list[int]] = {}
     for layer, state in enumerate(states, first):
+        if state.kind == "fixed":
+            continue  # headrace/cache/states.py
         if state.kind not in ("paged", "window"):
-            raise ConfigError(f"layer {layer} keeps {state.kind!r}, for which there is no cache; known: paged, window")
+            raise ConfigError(
+                f"layer {layer} keeps {state.kind!r}, for which there is no cache; known: paged, window, fixed"
+            )
         layers.setdefault(state, []).append(layer)
     return [CacheGroup(tuple(members), state) for state, members in layers.items()]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
+from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Setup
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
@@ -83,7 +84,12 @@ class Engine:
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
         streams = _streams([model, *(own for decoder in self.decoders.values() for own in decoder.models)])
         groups = [group for found in streams.values() for group in found]
-        n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len)
+        state_groups = group_states(model.layer_states())
+        for name, part in self.decoders.items():
+            own_states = [state for own in part.models for state in own.layer_states()]
+            check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
+        fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
+        n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len, fixed_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
@@ -98,12 +104,16 @@ class Engine:
             max_len=self.max_model_len,
             dtype=self.dtype,
             device=self.device,
-            prefix_caching=config.enable_prefix_caching,
+            # A hit would need the states at its end, and none are kept.
+            prefix_caching=config.enable_prefix_caching and not state_groups,
             namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size}",
         )
+        if config.enable_prefix_caching and state_groups:
+            log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
+        self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows)
+        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -166,7 +176,8 @@ class Engine:
             for sample in range(params.n)
         ]
         for request in samples:
-            request.parent = samples[0] if request.sample else None
+            # A fork would need the states at the end of the prompt, and they have gone on.
+            request.parent = samples[0] if request.sample and not self.states.groups else None
             self._enqueue(request)
         return samples
 
@@ -213,6 +224,11 @@ class Engine:
     def n_waiting(self) -> int:
         """Requests in the waiting line, preempted ones included."""
         return len(self._waiting)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the cache: all pages and all fixed states."""
+        return self.cache.allocated_bytes + self.states.allocated_bytes
 
     # One step
 
@@ -333,6 +349,7 @@ class Engine:
             else:
                 self.cache.admit(request, request.index)
             self.table.admit(request, request.index)
+            self.states.admit(request.index)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
             for processor in self._processors[request.index]:
                 processor.admit(request)
@@ -440,6 +457,7 @@ class Engine:
         """Give back pages, data and index."""
         self.cache.release(request)
         self.table.release(request.index)
+        self.states.release(request.index)
         for processor in self._processors.pop(request.index):
             processor.release(request.index)
         self.decoders[request.decoder].release(request)
@@ -454,6 +472,7 @@ class Engine:
         """Raise InvariantError unless pages, indices and clocks agree with the requests that hold them."""
         running = list(self._running.values())
         self.cache.audit(running)
+        self.states.audit({request.index: request.n_done for request in running})
         taken = {request.index for request in running}
         if len(taken) + len(self._free_indices) != self.config.max_num_seqs or taken & set(self._free_indices):
             raise InvariantError("request indices are lost or held twice")
@@ -461,7 +480,7 @@ class Engine:
             i = request.index
             clocks = int(self.table.n_tok[i]), int(self.table.n_done[i])
             lengths = {int(kv_len_B[i]) for kv_len_B in self.table.kv_len_of(0)}
-            if clocks != (request.n_tok, request.n_done) or lengths != {request.n_done}:
+            if clocks != (request.n_tok, request.n_done) or lengths - {request.n_done}:
                 raise InvariantError(
                     f"request {request.request_id}: clocks {clocks}, lengths {lengths} on the device; "
                     f"{request.n_tok}, {request.n_done} in the books"

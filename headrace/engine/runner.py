@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.cache.manager import CacheManager
+from headrace.cache.states import StateStore
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
 from headrace.kernels.advance import Advanced
@@ -26,7 +27,7 @@ from headrace.models.base import CausalLM
 from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
 from headrace.sampling.processors import LogitProcessor
-from headrace.step import Commit, OutTable, RowTable
+from headrace.step import Commit, OutTable, RowTable, Scan
 from headrace.tables import RequestTable
 
 SCORE_CHUNK = 512
@@ -91,12 +92,13 @@ class Stream:
 
 
 class _Context:
-    """What the layers see of a step: positions, and attention over the rows."""
+    """What the layers see of a step: positions, attention over the rows, and recurrences."""
 
     def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span]) -> None:
         self._cache = runner.cache
         self._table = runner.table
         self._first_layer = stream.first_layer
+        self.states = runner.states.step(rows.reqs, rows.row_ptr)
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
         masks = (rows.bits, rows.words.flatten()) if runner.has_trees else (None, None)
@@ -142,6 +144,10 @@ class _Context:
         )
         return out_RHD
 
+    def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
+        """Scan the rows from the layer's states."""
+        return self.states.recur(self._first_layer + layer, inputs, scan)
+
 
 class Runner:
     """Executes steps over the target's stream, and passes of the decoders' own models.
@@ -159,10 +165,12 @@ class Runner:
         table: RequestTable,
         decoders: Mapping[str, Decoder],
         max_rows: int,
+        states: StateStore,
     ) -> None:
         self.target = streams[0]
         self.model = self.target.model
         self.cache, self.table, self.decoders = cache, table, decoders
+        self.states = states
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
         self.rows = RowTable.allocate(max_rows, table.ghost, table.ghost, 1, self.device)
@@ -208,6 +216,7 @@ class Runner:
         committed = apply_commit(self.table, reqs_B, commit)
         if commit.path is not None:
             self.cache.move(self.target.groups, self.table.kv_len, *moves(self.table, rows, commit, committed.n_kv_B))
+        context.states.commit(commit, committed.n_kv_B)
         drafted = self._draft(segments)
         report = self._report(granted, commit, committed, drawn.logp_raw_M, drafted, raw_MV, given)
         self._tick(clock)

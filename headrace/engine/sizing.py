@@ -61,9 +61,23 @@ def available_memory_bytes(device: torch.device) -> int:
 
 
 def choose_pages(
-    config: EngineConfig, groups: Sequence[CacheGroup], dtype: torch.dtype, device: torch.device, max_len: int
+    config: EngineConfig,
+    groups: Sequence[CacheGroup],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    state_bytes: int = 0,
 ) -> int:
-    """Pages of the cache, the trash page included. Raises CapacityError if not even one page fits."""
+    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states.
+
+    Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if the states or
+    not even one page fit, ConfigError for a number of pages where no layer keeps any.
+    """
+    if config.num_pages is not None and not groups:
+        raise ConfigError(
+            f"num_pages is {config.num_pages}, but no layer of the model keeps pages: leave it out; "
+            "max_num_seqs bounds the fixed states"
+        )
     page_bytes = bytes_per_page(groups, config.page_size, dtype)
     useful = 1 + config.max_num_seqs * -(-max_len // config.page_size)
     if config.num_pages is not None:
@@ -80,6 +94,15 @@ def choose_pages(
         budget = int(config.gpu_memory_utilization * total) - (total - free_bytes) - GIB
     else:
         budget = free_bytes // 5
+    if state_bytes > max(budget, 0):
+        raise CapacityError(
+            f"the fixed states of max_num_seqs = {config.max_num_seqs} requests take {state_bytes / 2**20:.1f} MiB; "
+            f"{max(budget, 0) / 2**20:.1f} MiB are there for the cache: lower max_num_seqs, or raise "
+            "gpu_memory_utilization or kv_cache_gib"
+        )
+    budget -= state_bytes
+    if not groups:
+        return useful
     pages = min(budget // page_bytes, useful)
     if pages < 2:
         raise CapacityError(

@@ -23,13 +23,13 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def layer_states(self) -> list[LayerState]:
-        """What each layer keeps for a request, by the layer index that it passes to `ctx.attend`."""
+        """What each layer keeps for a request, by the layer index that it passes to `ctx.attend` or `ctx.recur`."""
 
     @abstractmethod
     def forward(self, tok_R: Tensor, ctx: StepContext, wanted_M: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, in the model's type: [R, E], or [M, E] of the rows `wanted_M` (int64).
 
-        tok_R: int32 or int64 [R]. Calls `ctx.attend` once a layer, in the order of the layers.
+        tok_R: int32 or int64 [R]. Calls `ctx.attend` or `ctx.recur` once a layer, in the order of the layers.
         """
 
     @abstractmethod

@@ -115,10 +115,13 @@ def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...
 
 
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
-    """Rows for which the pages held and the free ones suffice."""
+    """Rows for which the pages held and the free ones suffice; all of them where no layer keeps pages."""
     return min(
-        view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
-        for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
+        (
+            view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
+            for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
+        ),
+        default=view.most,
     )
 
 
