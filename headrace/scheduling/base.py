@@ -49,6 +49,10 @@ class RequestView(NamedTuple):
     """Slots that the request needs at most, scratch included."""
     priority: int = 0
     """The lower number goes first."""
+    most_pages: tuple[int, ...] = ()
+    """Pages by group that the request holds at most, in steps of any size; empty: those of all its slots."""
+    waits: bool = False
+    """Whether it can have no rows until others give pages back."""
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -116,6 +120,8 @@ def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...
 
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
     """Rows for which the pages held and the free ones suffice."""
+    if view.waits:
+        return 0
     return min(
         view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
         for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
@@ -152,6 +158,8 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
                 behind = [v for v in snapshot.running if v.rank > view.rank]
                 if behind and not schedule.admitted:
                     return Schedule(victim=policy.victim(behind).key)
+                # A newcomer would only take the pages that it waits for, and lose them again.
+                open_to_newcomers = open_to_newcomers and not view.waits
                 continue
         else:
             if not open_to_newcomers:
@@ -192,6 +200,8 @@ def _may_start(
         return False
     spare = tuple(f - view.idle_hits for f in free)
     need = pages_needed(view, view.most, snapshot.page_size)
+    if view.most_pages:
+        need = tuple(map(min, need, view.most_pages))
     fits = all(n <= s for n, s in zip(need, spare, strict=True))
     return fits and (not running or policy.admits(view, need, spare, running))
 
