@@ -99,7 +99,7 @@ def load_evictors(config: EngineConfig, states: Sequence[LayerState]) -> dict[st
     Raises ConfigError for unknown names, for what the model's layers do not allow, and for a budget that is missing
     or fits none.
     """
-    whole = next(iter(EVICTORS)).name
+    whole = next(part.name for part in EVICTORS if not part.make(config.cache_interval).evicts)
     names = list(dict.fromkeys([*(name.strip() for name in config.evictor.split(",")), whole]))
     loaded = {name: EVICTORS[name].make(config.cache_interval) for name in names}
     evicting = {name: evictor for name, evictor in loaded.items() if evictor.evicts}
