@@ -43,6 +43,12 @@ class EngineConfig:
     )
     draft_tokens: int = option(4, "tokens a speculative decoder drafts ahead at most")
     draft_model: str | None = option(None, "directory or hub id of the model that drafts (decoder draft_model)")
+    evictor: str = option(
+        "full",
+        "evictors to load, names from docs/systems.md separated by commas; the first is the default of requests",
+    )
+    cache_budget: int | None = option(None, "slots (tokens) of each cache cell that a request keeps; needs an evictor")
+    cache_interval: int = option(128, "tokens from one eviction to the next")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
         None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
@@ -54,10 +60,15 @@ class EngineConfig:
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:
-        for name, low in (("max_num_seqs", 1), ("page_size", 1), ("draft_tokens", 1)):
+        for name, low in (("max_num_seqs", 1), ("page_size", 1), ("draft_tokens", 1), ("cache_interval", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name, low in (("max_model_len", 1), ("max_num_batched_tokens", 1), ("num_pages", 2)):
+        for name, low in (
+            ("max_model_len", 1),
+            ("max_num_batched_tokens", 1),
+            ("num_pages", 2),
+            ("cache_budget", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}, or None to choose it automatically")

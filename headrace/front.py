@@ -164,6 +164,8 @@ class TextFront:
                 finish_s=max((s.finish_s for s in samples if s.finish_s is not None), default=None),
                 cached_tokens=first.hit_tokens,
                 preemptions=sum(s.preemptions for s in samples),
+                peak_cache_slots=max(s.peak_cache_slots for s in samples),
+                peak_cache_bytes=max(s.peak_cache_bytes for s in samples),
             ),
         )
 

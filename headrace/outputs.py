@@ -33,6 +33,10 @@ class RequestMetrics:
     finish_s: float | None
     cached_tokens: int = 0
     preemptions: int = 0
+    peak_cache_slots: int = 0
+    """Most slots that the pages of a sample had in a cache group."""
+    peak_cache_bytes: int = 0
+    """Most bytes of cache pages that a sample held at once, shared pages included."""
 
     @property
     def ttft_s(self) -> float | None:

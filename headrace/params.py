@@ -49,6 +49,10 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = option(None, "added to the logits of these tokens")
     allowed_token_ids: list[int] | None = option(None, "only these tokens may be drawn")
     decoder: str | None = option(None, "one of the engine's decoders; if not given, its first")
+    evictor: str | None = option(None, "one of the engine's evictors; if not given, its first")
+    cache_budget: int | None = option(
+        None, "slots (tokens) of each cache cell that the request keeps; if not given, the engine's"
+    )
     truncate_prompt_tokens: int | None = option(None, "keep only this many of the last prompt tokens")
 
     def __post_init__(self) -> None:
@@ -75,10 +79,12 @@ class SamplingParams:
             ("presence_penalty", -1e4, 1e4, "0 turns it off"),
             ("frequency_penalty", -1e4, 1e4, "0 turns it off"),
             ("truncate_prompt_tokens", 1, math.inf, "None turns it off"),
+            ("cache_budget", 1, math.inf, "None means the engine's"),
         ]
+        optional = ("max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "cache_budget")
         for name, low, high, hint in limits:
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"):
+            if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise RequestError(f"{name} is {value!r}; it must be a number")

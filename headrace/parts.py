@@ -10,15 +10,19 @@ from typing import Any
 import headrace.decoding.autoregressive
 import headrace.decoding.draft_model
 import headrace.decoding.ngram
+import headrace.eviction.full
+import headrace.eviction.key_norm
+import headrace.eviction.streaming_llm
 import headrace.scheduling.prefill_first
 import headrace.scheduling.splitfuse  # noqa: F401
 from headrace.cache.prefix import REUSE
 from headrace.decoding.base import DECODERS
+from headrace.eviction.base import EVICTORS
 from headrace.registry import Registry
 from headrace.sampling.processors import PROCESSORS
 from headrace.scheduling.base import SCHEDULERS
 
-REGISTRIES: list[Registry[Any]] = [SCHEDULERS, DECODERS, REUSE, PROCESSORS]
+REGISTRIES: list[Registry[Any]] = [SCHEDULERS, DECODERS, EVICTORS, REUSE, PROCESSORS]
 """One a seam, in the order in which docs/systems.md lists them."""
 
-__all__ = ["DECODERS", "PROCESSORS", "REGISTRIES", "REUSE", "SCHEDULERS"]
+__all__ = ["DECODERS", "EVICTORS", "PROCESSORS", "REGISTRIES", "REUSE", "SCHEDULERS"]

@@ -14,7 +14,9 @@ from typing import Any
 from headrace.errors import HeadraceError, InvariantError, RequestError
 from headrace.params import SamplingParams
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
+NEVER = 2**30
+"""A token index that is never reached."""
 
 
 class State(enum.Enum):
@@ -103,7 +105,23 @@ class Request:
     top_logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
-    """Page ids by group, in the order of slots."""
+    """Page ids by group, in the order of slots; the first `freed` of a group have been given back and are trash."""
+    freed: list[int] = field(default_factory=list)
+    """Pages by group that lie behind the window and were given back."""
+    dropped: list[int] = field(default_factory=list)
+    """Tokens by group whose slots were evicted: the cache holds `n_done` minus these."""
+    evictor: str = ""
+    """Which of the engine's evictors bounds its cache."""
+    cache_budget: int = 0
+    """Slots that a cell keeps at an eviction; 0: all."""
+    exact_len: int = NEVER
+    """Tokens below this index have the cache of a whole prefill: the first eviction comes here."""
+    trigger: int = NEVER
+    """Token index at which its cache is compacted next."""
+    peak_cache_slots: int = 0
+    """Most slots that a cell had room for in the request's pages."""
+    peak_cache_bytes: int = 0
+    """Most bytes of pages that it held at once, shared ones included."""
     parent: Request | None = None
     """The first sample of the prompt, whose cache of the prompt this one shares."""
     decoder: str = ""
@@ -127,6 +145,10 @@ class Request:
     def n_tok(self) -> int:
         """Tokens known."""
         return len(self.tokens)
+
+    def slots(self, group: int) -> int:
+        """Committed slots in a cache group. (Of a decoder's own model: a bound, its clock is the decoder's.)"""
+        return self.n_done - (self.dropped[group] if self.dropped else 0)
 
     @property
     def pending(self) -> int:
@@ -180,6 +202,7 @@ class Request:
             "top_logprobs": [_plain(p) for p in self.top_logprobs],
             "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
             "preemptions": self.preemptions,
+            "eviction": [self.evictor, self.cache_budget, self.exact_len],
             "priority": self.priority,
             "deadline_left_s": left_s,
         }

@@ -70,7 +70,7 @@ class RequestTable:
             "n_done": request.n_done,
             "pos_off": 0,
             "limit": request.limit,
-            "trigger": FAR,
+            "trigger": request.trigger,
             "finish": 0,
             "hold": 0,
             "kv_len": request.n_done,
@@ -101,6 +101,19 @@ class RequestTable:
         """Raise ro_len after a publication, in every group."""
         mirror = self._mirrors["ro_len"]
         mirror.host[:, index] = slots
+        mirror.touch(index)
+
+    def set_trigger(self, index: int, trigger: int) -> None:
+        """The token index at which the cache is compacted next."""
+        mirror = self._mirrors["trigger"]
+        mirror.host[index] = trigger
+        mirror.touch(index)
+
+    def set_lengths(self, index: int, group: int, slots: int, read_only: int) -> None:
+        """Committed and read-only slots of a group after a compaction, which moved the others."""
+        self.kv_len[group, index] = slots  # the device's clock; its host copy is only good at admission
+        mirror = self._mirrors["ro_len"]
+        mirror.host[group, index] = read_only
         mirror.touch(index)
 
     def flush(self) -> None:

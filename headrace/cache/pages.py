@@ -78,6 +78,10 @@ class PagePool:
         """Whether the page is cached and nobody holds it."""
         return page in self._idle
 
+    def is_alone(self, page: int) -> bool:
+        """Whether the page has exactly one reference."""
+        return self._refs[page] == 1
+
     def references(self) -> list[int]:
         """Reference count of every page, for audits."""
         return list(self._refs)

@@ -24,7 +24,7 @@ class PrefixNode:
     key: bytes
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
-    """The page of this unit in each group."""
+    """The page of this unit in each group; 0 where it has been given to somebody else."""
 
 
 @REUSE.register(
@@ -39,8 +39,10 @@ class PrefixNode:
 class PrefixIndex:
     """Published units by key."""
 
-    def __init__(self, unit: int, namespace: str) -> None:
+    def __init__(self, unit: int, namespace: str, windows: Sequence[int] = ()) -> None:
+        """`windows`: tokens that a row sees, by group; 0: all. A prefix needs no pages behind the window."""
         self.unit = unit
+        self.windows = tuple(windows)
         self._root = hashlib.blake2b(namespace.encode(), digest_size=16).digest()
         self._nodes: dict[bytes, PrefixNode] = {}
         self._by_page: dict[tuple[int, int], bytes] = {}
@@ -63,25 +65,50 @@ class PrefixIndex:
                 return
             yield node
 
-    def publish(self, key: bytes, tokens: Sequence[int], pages: tuple[int, ...]) -> bool:
-        """Enter a unit. False if the key is known already; the caller's pages then stay private."""
-        if key in self._nodes:
-            return False
-        self._nodes[key] = PrefixNode(key, tuple(tokens), pages)
-        for group, page in enumerate(pages):
-            self._by_page[group, page] = key
-        return True
+    def first_seen(self, group: int, tokens: int) -> int:
+        """The first unit that rows from index `tokens` on see in a group."""
+        window = self.windows[group] if self.windows else 0
+        return max(0, tokens - window + 1) // self.unit if window else 0
+
+    def usable(self, nodes: Sequence[PrefixNode]) -> int:
+        """Units of a chain up to the last place where every group has the pages that the next token sees."""
+        if not any(self.windows):
+            return len(nodes)
+        best, unbroken = 0, [0] * len(self.windows)
+        for k, node in enumerate(nodes, 1):
+            unbroken = [n + 1 if page else 0 for n, page in zip(unbroken, node.pages, strict=True)]
+            if all(n >= k - self.first_seen(g, k * self.unit) for g, n in enumerate(unbroken)):
+                best = k
+        return best
+
+    def publish(self, key: bytes, tokens: Sequence[int], pages: Sequence[int]) -> bool:
+        """Enter a unit. False if the key is known already; the caller's pages then stay private, but for those that
+        the unit has lost."""
+        node = self._nodes.get(key)
+        known = node is not None
+        if node is None:
+            node = self._nodes[key] = PrefixNode(key, tuple(tokens), (0,) * len(pages))
+        if node.tokens == tuple(tokens):
+            lost = [group for group, page in enumerate(pages) if page and not node.pages[group]]
+            self._by_page.update({(group, pages[group]): key for group in lost})
+            node.pages = tuple(mine or page for mine, page in zip(node.pages, pages, strict=True))
+        return not known
 
     def holds(self, group: int, page: int) -> bool:
         """Whether the page belongs to a published unit."""
         return (group, page) in self._by_page
 
     def forget(self, group: int, page: int) -> PrefixNode | None:
-        """Take out the unit that the page belongs to; its other groups' pages are no longer published."""
+        """The page is given to somebody else. Takes out the unit that it belongs to, whose other groups' pages are no
+        longer published; a unit that loses a window's page is good for longer prefixes and stays."""
         key = self._by_page.pop((group, page), None)
         if key is None:
             return None
-        node = self._nodes.pop(key)
+        node = self._nodes[key]
+        node.pages = (*node.pages[:group], 0, *node.pages[group + 1 :])
+        if self.windows and self.windows[group] and any(node.pages):
+            return None
+        del self._nodes[key]
         for other, twin in enumerate(node.pages):
             self._by_page.pop((other, twin), None)
         return node

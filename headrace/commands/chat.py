@@ -7,13 +7,13 @@ import dataclasses
 import sys
 from typing import Any
 
-from headrace.commands.options import add_options, read_options
+from headrace.commands.options import NAMED_TWICE, add_options, read_options
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
 from headrace.params import SamplingParams
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 256}
-SKIPPED = ("n", "logprobs", "prompt_logprobs", "detokenize", "decoder")
+SKIPPED = ("n", "logprobs", "prompt_logprobs", "detokenize", *NAMED_TWICE)
 """Parameters that make no sense in a conversation on a terminal."""
 
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Read a line, stream the answer, until end of input. Returns the exit status."""
     from headrace.llm import LLM  # here, so that --help does not wait for torch
 
-    params = read_options(arguments, SamplingParams, skip=("decoder",), **DEFAULTS)
+    params = read_options(arguments, SamplingParams, skip=NAMED_TWICE, **DEFAULTS)
     llm = LLM(**dataclasses.asdict(read_options(arguments, EngineConfig, skip=("seed",))))
     messages: list[dict[str, str]] = []
     if arguments.system:

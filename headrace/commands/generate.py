@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.commands.options import add_options, read_options
+from headrace.commands.options import NAMED_TWICE, add_options, read_options
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
 from headrace.outputs import RequestOutput
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, help="JSONL file for the completions; standard output if not given"
     )
     parser.add_argument("--compare", action="store_true", help="also run the same requests one at a time, and compare")
-    add_options(parser, SamplingParams, "sampling", skip=("decoder",), **DEFAULTS)
+    add_options(parser, SamplingParams, "sampling", skip=NAMED_TWICE, **DEFAULTS)
     add_options(parser, EngineConfig, "engine", skip=("seed",))
 
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns the exit status."""
     from headrace.llm import LLM  # here, so that --help does not wait for torch
 
-    defaults = read_options(arguments, SamplingParams, skip=("decoder",), **DEFAULTS)
+    defaults = read_options(arguments, SamplingParams, skip=NAMED_TWICE, **DEFAULTS)
     jobs = [Job(text, defaults, {}) for text in arguments.prompt]
     if arguments.input is not None:
         jobs += read_jobs(arguments.input, defaults)

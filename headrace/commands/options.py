@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+NAMED_TWICE = ("decoder", "evictor", "cache_budget")
+"""Request parameters with the name of an engine option: on the command line the name is the engine's."""
+
 
 def add_options(
     parser: argparse.ArgumentParser, kind: type, title: str, *, skip: tuple[str, ...] = (), **defaults: Any

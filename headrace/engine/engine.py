@@ -22,7 +22,9 @@ from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Setup
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
+from headrace.engine.upkeep import Upkeep
 from headrace.errors import InvariantError, NumericalError, RequestError
+from headrace.eviction.base import Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
@@ -57,6 +59,8 @@ class EngineStats:
     """Samples that began with the cache of their prompt's first sample."""
     chunks: int = 0
     """Grants that cut a prompt."""
+    trigger_cuts: int = 0
+    """Those of them that end where the cache is compacted."""
 
 
 class Engine:
@@ -82,7 +86,9 @@ class Engine:
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         setup = Setup(config, model, config.max_num_seqs, wished_len, self.device)
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
-        streams = _streams([model, *(own for decoder in self.decoders.values() for own in decoder.models)])
+        self.evictors = load_evictors(config, model.layer_states())
+        own_models = [own for decoder in self.decoders.values() for own in decoder.models]
+        streams = _streams([model, *own_models], finest(list(self.evictors.values())))
         groups = [group for found in streams.values() for group in found]
         state_groups = group_states(model.layer_states())
         for name, part in self.decoders.items():
@@ -114,6 +120,7 @@ class Engine:
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states)
+        self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.runner.target.groups)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -184,7 +191,16 @@ class Engine:
     def resume(self, record: dict[str, Any]) -> Request:
         """Queue a request from its portable record; it continues with the tokens it would have had."""
         params = SamplingParams.from_dict(record["params"])
-        derived = self._derived(params, record["prompt_len"], record["seed"], record["sample"])
+        evictor, budget, exact_len = record["eviction"]
+        derived = self._derived(
+            params, record["prompt_len"], record["seed"], record["sample"], evictor=evictor, cache_budget=budget or None
+        )
+        if derived["exact_len"] != exact_len:
+            raise RequestError(
+                f"the record's cache is first compacted at token {exact_len}, here at {derived['exact_len']}, so the "
+                "tokens would differ: use an engine with the same cache_interval; "
+                f"here it is {self.config.cache_interval}"
+            )
         request = Request.from_record(record, **derived)
         self._checked_prompt(request.tokens[:-1] or request.tokens, params)
         request.arrival_s = self.clock()
@@ -262,21 +278,27 @@ class Engine:
 
     def _schedule(self) -> Schedule:
         """Compose grants; preempt until the composer is content."""
+        last: tuple[float, float] = (math.inf, math.inf)
         while True:
-            schedule = compose(self.scheduler, self.snapshot())
+            self.upkeep.retry()
+            schedule = compose(self.scheduler, self.snapshot(last))
             if schedule.victim is None:
                 return schedule
+            if schedule.served is not None:
+                last = min(last, schedule.served)
             self._preempt(self._running[schedule.victim])
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, last: tuple[float, float] = (math.inf, math.inf)) -> Snapshot:
         """What the scheduler sees. Waiting requests beyond the budget are left out: they could get no row. Those
-        without a seat too, unless a request of lower priority has one."""
+        without a seat too, unless a request of lower priority has one, and those behind the rank `last`."""
         waiting: list[RequestView] = []
         wanted = 0
         seats = self.config.max_num_seqs - len(self._running)
         lowest = max((r.priority for r in self._running.values()), default=-math.inf)
         for request in self._waiting:
             if (len(waiting) >= seats and request.priority >= lowest) or wanted >= self.budget:
+                break
+            if request.rank > last:
                 break
             if self._parent_is_due(request):
                 continue
@@ -301,19 +323,24 @@ class Engine:
         elif not running:
             done, idle = self.cache.look_up(request)
         demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
+        # No row passes a trigger: behind it rows see what the upkeep leaves.
+        ahead = (request.trigger if running else request.exact_len) - done
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
             running=running,
             least=demand.least,
-            most=min(demand.most, request.limit - done),  # rows of a tree take slots too
+            # Rows of a tree take slots too.
+            most=min(max(demand.least, min(demand.most, ahead)), request.limit - done),
             scratch=demand.scratch,
             most_slots=request.limit,
             decoding=running and request.pending == 1,
-            kv_len=(done,) * groups,
+            kv_len=tuple(map(request.slots, range(groups))) if running else (done,) * groups,
             pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
             idle_hits=idle,
             priority=request.priority,
+            most_pages=self.upkeep.most_pages(self.budget + demand.scratch),
+            waits=running and self.upkeep.waits(request),
         )
 
     def _parent_is_due(self, request: Request) -> bool:
@@ -321,7 +348,7 @@ class Engine:
         parent = request.parent
         if parent is None or parent.state is State.FINISHED or request.n_tok > request.prompt_len:
             return False
-        if request.scores_prompt:
+        if request.scores_prompt or request.prompt_len > request.exact_len:
             return False
         return parent.n_done < request.prompt_len - 1
 
@@ -331,7 +358,9 @@ class Engine:
         if parent is None or request.index >= 0 or parent.index < 0 or request.scores_prompt:
             return None
         fresh = request.n_tok == request.prompt_len
-        return parent if fresh and parent.n_done >= request.prompt_len - 1 > 0 else None
+        if not fresh or not parent.n_done >= request.prompt_len - 1 > 0 or request.prompt_len > request.exact_len:
+            return None
+        return parent if self.cache.can_fork(parent, request.prompt_len - 1) else None
 
     def _admit(self, schedule: Schedule) -> list[Granted]:
         """Take indices and pages for the grants."""
@@ -348,6 +377,7 @@ class Engine:
                 self.stats.forks += 1
             else:
                 self.cache.admit(request, request.index)
+            request.trigger = request.exact_len
             self.table.admit(request, request.index)
             self.states.admit(request.index)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
@@ -361,6 +391,7 @@ class Engine:
             )
             self.cache.reserve(request, min(rows + demand.scratch, request.limit - request.n_done))
             self.stats.chunks += rows < request.pending
+            self.stats.trigger_cuts += rows < request.pending and request.n_done + rows == request.trigger
         # Requests of one decoder stand together; sorting keeps their order.
         order = {name: place for place, name in enumerate(self.decoders)}
         return sorted(granted, key=lambda g: order[g.request.decoder])
@@ -397,7 +428,9 @@ class Engine:
                 read_only = self.cache.publish(request)
                 if read_only:
                     self.table.set_read_only(request.index, read_only)
-            if finish is not Finish.NONE:
+            if finish is Finish.NONE:
+                self.upkeep.after_commit(request)
+            else:
                 self._finish(request, finish)
             if new or finish is not Finish.NONE:
                 changed.append(request)
@@ -455,6 +488,7 @@ class Engine:
 
     def _leave(self, request: Request) -> None:
         """Give back pages, data and index."""
+        self.upkeep.forget(request)
         self.cache.release(request)
         self.table.release(request.index)
         self.states.release(request.index)
@@ -479,14 +513,19 @@ class Engine:
         for request in running:
             i = request.index
             clocks = int(self.table.n_tok[i]), int(self.table.n_done[i])
-            lengths = {int(kv_len_B[i]) for kv_len_B in self.table.kv_len_of(0)}
-            if clocks != (request.n_tok, request.n_done) or lengths - {request.n_done}:
+            lengths = [int(kv_len_B[i]) for kv_len_B in self.table.kv_len_of(0)]
+            expected = list(map(request.slots, range(len(lengths))))
+            if clocks != (request.n_tok, request.n_done) or lengths != expected:
                 raise InvariantError(
                     f"request {request.request_id}: clocks {clocks}, lengths {lengths} on the device; "
-                    f"{request.n_tok}, {request.n_done} in the books"
+                    f"{request.n_tok}, {request.n_done}, {expected} in the books"
                 )
-            if not request.n_done <= request.n_tok <= request.limit:
+            if not request.n_done <= request.n_tok <= request.limit or request.n_done > request.trigger:
                 raise InvariantError(f"request {request.request_id}: clocks out of order")
+            if int(self.table.trigger[i]) != request.trigger:
+                raise InvariantError(f"request {request.request_id}: its trigger differs from the device's")
+            if request.n_done == request.trigger and not self.upkeep.waits(request):
+                raise InvariantError(f"request {request.request_id} has passed a trigger without upkeep")
             if self.table.hist[i, : request.n_tok].tolist() != request.tokens:
                 raise InvariantError(f"request {request.request_id}: the history differs from the tokens")
 
@@ -510,8 +549,20 @@ class Engine:
         bisect.insort(self._waiting, request, key=_rank)
         self._by_id.setdefault(request.request_id, []).append(request)
 
-    def _derived(self, params: SamplingParams, prompt_len: int, seed: int, sample: int) -> dict[str, Any]:
-        """Fields of a request that follow from the parameters and this engine."""
+    def _derived(
+        self,
+        params: SamplingParams,
+        prompt_len: int,
+        seed: int,
+        sample: int,
+        *,
+        evictor: str | None = None,
+        cache_budget: int | None = None,
+    ) -> dict[str, Any]:
+        """Fields of a request that follow from the parameters and this engine.
+
+        `evictor` and `cache_budget` are what a record settled; without them the parameters ask.
+        """
         stops = dict.fromkeys(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops.update(dict.fromkeys(self.eos_ids))
@@ -526,7 +577,12 @@ class Engine:
             raise RequestError(
                 f"decoder={decoder!r} is not loaded; this engine has {', '.join(names)}: name it in its decoder option"
             )
+        asked = (evictor, cache_budget) if evictor else (params.evictor, params.cache_budget)
+        name, budget = budget_of(self.evictors, *asked, self.config.cache_budget)
         return {
+            "evictor": name,
+            "cache_budget": budget,
+            "exact_len": self.evictors[name].next_trigger(prompt_len, 0, budget),
             "decoder": decoder,
             # Requests with another decoder may lack the cache of this decoder's own models.
             "salt": decoder.encode() if self.decoders[decoder].models else b"",
@@ -560,13 +616,14 @@ def _decoder_names(config: EngineConfig) -> list[str]:
     return list(dict.fromkeys([*names, PLAIN]))
 
 
-def _streams(models: Sequence[CausalLM]) -> dict[Stream, list[CacheGroup]]:
-    """Layers and cache groups of several models, numbered one after the other."""
+def _streams(models: Sequence[CausalLM], unit: Unit) -> dict[Stream, list[CacheGroup]]:
+    """Layers and cache groups of several models, numbered one after the other. `unit` is what may have a length of its
+    own in the first, which decodes."""
     streams: dict[Stream, list[CacheGroup]] = {}
     first_layer = first_group = 0
     for model in models:
         states = model.layer_states()
-        groups = group_layers(states, first_layer)
+        groups = group_layers(states, first_layer, split=unit != "request" and not streams)
         streams[Stream(model, first_layer, range(first_group, first_group + len(groups)))] = groups
         first_layer, first_group = first_layer + len(states), first_group + len(groups)
     return streams

@@ -230,7 +230,10 @@ class Runner:
         borders = list(itertools.accumulate(sizes, initial=0))
         rows.reqs.copy_(torch.tensor([g.request.index for g in granted], dtype=torch.int32))
         rows.row_ptr.copy_(torch.tensor(borders, dtype=torch.int32))
-        spans = [(first, size, request.n_done + size) for first, (request, size) in zip(borders, granted, strict=False)]
+        spans = [
+            (first, size, max((request.slots(g) for g in self.target.groups), default=0) + size)
+            for first, (request, size) in zip(borders, granted, strict=False)
+        ]
         return rows, spans
 
     def _segments(self, granted: Sequence[Granted], rows: RowTable) -> list[tuple[Decoder, Segment]]:

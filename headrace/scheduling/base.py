@@ -49,6 +49,10 @@ class RequestView(NamedTuple):
     """Slots that the request needs at most, scratch included."""
     priority: int = 0
     """The lower number goes first."""
+    most_pages: tuple[int, ...] = ()
+    """Pages by group that the request holds at most, in steps of any size; empty: those of all its slots."""
+    waits: bool = False
+    """Whether it can have no rows until others give pages back."""
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -78,6 +82,9 @@ class Schedule:
     admitted: list[int] = field(default_factory=list)
     """Keys of waiting requests among the grants, in order."""
     victim: int | None = None
+    served: tuple[int, int] | None = None
+    """Rank of the request that the victim gives way to. In the same step no waiting request behind it may start: it
+    would take the pages before they are used, and victim and newcomer could change places for ever."""
 
 
 class SchedulerPolicy(Protocol):
@@ -116,6 +123,8 @@ def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...
 
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
     """Rows for which the pages held and the free ones suffice; all of them where no layer keeps pages."""
+    if view.waits:
+        return 0
     return min(
         (
             view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
@@ -154,7 +163,9 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
             if rows < min(view.least, wanted):
                 behind = [v for v in snapshot.running if v.rank > view.rank]
                 if behind and not schedule.admitted:
-                    return Schedule(victim=policy.victim(behind).key)
+                    return Schedule(victim=policy.victim(behind).key, served=view.rank)
+                # A newcomer would only take the pages that it waits for, and lose them again.
+                open_to_newcomers = open_to_newcomers and not view.waits
                 continue
         else:
             if not open_to_newcomers:
@@ -163,7 +174,7 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
             if rows < 1:
                 lower = [v for v in snapshot.running if v.priority > view.priority]
                 if not schedule.admitted and _makes_room(policy, snapshot, view, free, running, lower):
-                    return Schedule(victim=policy.victim(lower).key)
+                    return Schedule(victim=policy.victim(lower).key, served=view.rank)
                 open_to_newcomers = False  # nobody overtakes a request that waits for pages
                 continue
             schedule.admitted.append(view.key)
@@ -195,6 +206,8 @@ def _may_start(
         return False
     spare = tuple(f - view.idle_hits for f in free)
     need = pages_needed(view, view.most, snapshot.page_size)
+    if view.most_pages:
+        need = tuple(map(min, need, view.most_pages))
     fits = all(n <= s for n, s in zip(need, spare, strict=True))
     return fits and (not running or policy.admits(view, need, spare, running))
 

@@ -1,0 +1,111 @@
+"""Upkeep of the cache, right after a commit: pages behind a window go back, and caches due for it are compacted.
+
+A compaction that has to copy shared pages may lack room for that. Then the request waits, in its place and without
+rows, until others have given pages back; what it keeps is settled already, so the wait changes no result. The first
+in rank never waits for ever: in need, everybody behind it gives way, and a request that shares with nobody lacks
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from headrace.cache.manager import CacheManager
+from headrace.errors import InvariantError
+from headrace.eviction.base import Cells, Evictor, select
+from headrace.request import Request
+from headrace.tables import RequestTable
+
+
+@dataclass
+class UpkeepStats:
+    """Counters since the start."""
+
+    compactions: int = 0
+    copies: int = 0
+    """Compactions that took fresh pages, because others see the old ones."""
+    waits: int = 0
+    """Compactions that had to wait for pages."""
+
+
+class Upkeep:
+    """Asks the evictors and lets the cache manager act.
+
+    Args:
+        evictors: by name.
+        groups: cache groups of the model that decodes; those of decoders' own models keep everything.
+    """
+
+    def __init__(
+        self, cache: CacheManager, table: RequestTable, evictors: Mapping[str, Evictor], groups: range
+    ) -> None:
+        self.cache, self.table, self.evictors, self.groups = cache, table, evictors, groups
+        self.stats = UpkeepStats()
+        self._has_windows = any(cache.groups[g].state.window for g in groups)
+        self._due: dict[int, tuple[Request, dict[int, Tensor]]] = {}
+
+    def most_pages(self, rows: int) -> tuple[int, ...]:
+        """Pages by group that a request holds at most in steps of so many rows; empty: no group bounds them."""
+        if not self._has_windows:
+            return ()
+        size = self.cache.page_size
+        windows = [group.state.window if g in self.groups else 0 for g, group in enumerate(self.cache.groups)]
+        return tuple(-(-(w - 1 + rows) // size) + 1 if w else self.cache.n_pages for w in windows)
+
+    def after_commit(self, request: Request) -> None:
+        """The request goes on behind this commit."""
+        if self._has_windows:
+            self.cache.free_behind(request, self.groups)
+        if request.n_done == request.trigger:
+            keep = {g: self._choose(request, g) for g in self.groups}
+            self._due[request.arrival] = request, keep
+            self._compact(request, keep)
+            self.stats.waits += request.arrival in self._due
+
+    def retry(self) -> None:
+        """Compact what has waited for pages, the first in rank first."""
+        for request, keep in sorted(self._due.values(), key=lambda entry: entry[0].rank):
+            self._compact(request, keep)
+
+    def waits(self, request: Request) -> bool:
+        """Whether the request can have no rows until others give pages back."""
+        return request.arrival in self._due
+
+    def forget(self, request: Request) -> None:
+        """The request gives its cache back."""
+        self._due.pop(request.arrival, None)
+
+    def _choose(self, request: Request, g: int) -> Tensor:
+        """The slots that each cell keeps, int64 [L, K, m]."""
+        group, evictor = self.cache.groups[g], self.evictors[request.evictor]
+        n = request.slots(g)
+        keys = partial(self.cache.keys, request, g)
+        cells = Cells(group.layers, group.state.kv_heads, n, request.cache_budget, keys, self.table.device)
+        m = evictor.keep_len(group.layers, n, request.cache_budget)
+        if not 0 < m <= n:
+            raise InvariantError(f"evictor {request.evictor} keeps {m} of {n} slots in layers {group.layers}")
+        with torch.inference_mode():
+            return select(evictor.score(cells), cells, m)
+
+    def _compact(self, request: Request, keep: Mapping[int, Tensor]) -> None:
+        with torch.inference_mode():
+            moves = self.cache.compact(request, keep)
+            if moves is None:
+                return
+            for g, move in moves.items():
+                published = min(request.published * self.cache.page_size, move.first)
+                self.table.set_lengths(request.index, g, request.slots(g), published)
+        del self._due[request.arrival]
+        evictor = self.evictors[request.evictor]
+        trigger = evictor.next_trigger(request.prompt_len, request.n_done, request.cache_budget)
+        if trigger <= request.n_done:
+            raise InvariantError(f"evictor {request.evictor} asks for token {trigger} at token {request.n_done}")
+        request.trigger = trigger
+        self.table.set_trigger(request.index, trigger)
+        self.stats.compactions += 1
+        self.stats.copies += any(move.fresh for move in moves.values())
