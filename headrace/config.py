@@ -56,6 +56,10 @@ class EngineConfig:
     num_pages: int | None = option(None, "pages of the cache, instead of kv_cache_gib")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights, work space and cache")
     enable_prefix_caching: bool = option(True, "reuse the cache of exact common prefixes")
+    cuda_graphs: bool = option(True, "on a GPU, record steps of equal shape once and replay them")
+    async_scheduling: bool | None = option(
+        None, "plan a step while the one before runs; if not given, on a GPU only (on the CPU there is nothing to gain)"
+    )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 

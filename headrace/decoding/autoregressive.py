@@ -32,6 +32,15 @@ class Autoregressive(Decoder):
         """All pending tokens; one is enough for progress."""
         return Demand(1, clocks.n_tok - clocks.n_done)
 
+    def foresee(self, clocks: Clocks, rows: int) -> Clocks:
+        """All rows are committed, and the last pending one brings a token."""
+        done = clocks.n_done + rows
+        return Clocks(clocks.n_tok + (done == clocks.n_tok), done, 0, clocks.limit)
+
+    def captures(self, prompts: bool) -> bool:
+        """Any step: chunks and decode rows are one path."""
+        return True
+
     def plan(self, seg: Segment) -> None:
         """Pending tokens in order."""
         plan_known(seg)

@@ -18,7 +18,7 @@ Letters: B requests of the segment, R their rows, M their draws, E tokens emitte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -100,6 +100,8 @@ class Segment:
     """Draws of each request: its last rows."""
     prompts: list[bool]
     """Whether more than one token was pending before the step."""
+    ghosts: int = 0
+    """The last so many requests are padding: the ghost, whose rows all stand at its first place."""
 
     @cached_property
     def reqs_B(self) -> Tensor:
@@ -109,58 +111,65 @@ class Segment:
     @cached_property
     def grant_B(self) -> Tensor:
         """Rows of each request, int64 [B]."""
-        return self._tensor(self._grants)
+        return self._tensor("grant_B")
 
     @cached_property
     def first_B(self) -> Tensor:
         """First row of each request within the segment, int64 [B]."""
-        return self._tensor(_before(self._grants))
+        return self._tensor("first_B")
 
     @cached_property
     def entry_R(self) -> Tensor:
         """Request of each row, as a place in the segment, int64 [R]."""
-        return self._tensor(np.repeat(np.arange(len(self.grants)), self._grants))
+        return self._tensor("entry_R")
 
     @cached_property
     def k_R(self) -> Tensor:
         """Offset of each row within its request, int32 [R]."""
-        first_R = np.repeat(_before(self._grants), self._grants)
-        return self._tensor((np.arange(len(first_R)) - first_R).astype(np.int32))
+        return self._tensor("k_R")
 
     @cached_property
     def n_out_B(self) -> Tensor:
         """Draws of each request, int64 [B]."""
-        return self._tensor(self._outputs)
+        return self._tensor("n_out_B")
 
     @cached_property
     def out_first_B(self) -> Tensor:
         """First draw of each request within the segment, int64 [B]."""
-        return self._tensor(_before(self._outputs))
+        return self._tensor("out_first_B")
 
     @cached_property
     def out_entry_M(self) -> Tensor:
         """Request of each draw, as a place in the segment, int64 [M]."""
-        return self._tensor(np.repeat(np.arange(len(self.outputs)), self._outputs))
+        return self._tensor("out_entry_M")
 
     @cached_property
     def out_row_M(self) -> Tensor:
         """Row of each draw within the segment, int64 [M]."""
-        outputs = self._outputs
-        begin_B = _before(self._grants) + self._grants - outputs - _before(outputs)
-        return self._tensor(np.repeat(begin_B, outputs) + np.arange(outputs.sum()))
+        return self._tensor("out_row_M")
 
     # Sizes are known to the host: what follows from them alone is made there and uploaded.
 
+    def _tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(SIZES[name](self)).to(self.table.device)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the index tensors hold, by name."""
+        return {name: make(self) for name, make in SIZES.items()}
+
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the index tensors, by name, from somewhere else: they hold what `arrays` says, or will when read."""
+        vars(self).update(tensors)
+
     @cached_property
-    def _grants(self) -> np.ndarray:
+    def grants_B(self) -> np.ndarray:
+        """`grants` on the host."""
         return np.array(self.grants, np.int64)
 
     @cached_property
-    def _outputs(self) -> np.ndarray:
+    def outputs_B(self) -> np.ndarray:
+        """`outputs` on the host."""
         return np.array(self.outputs, np.int64)
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.table.device)
 
     def mask_rows(self, where_X: Tensor, sees_Xk: Tensor) -> None:
         """Let rows of the segment see only some slots of their second interval.
@@ -178,6 +187,33 @@ class Segment:
 def _before(counts: np.ndarray) -> np.ndarray:
     """Sums of all counts before each."""
     return np.cumsum(counts) - counts
+
+
+def _offsets(seg: Segment) -> np.ndarray:
+    first_R = np.repeat(_before(seg.grants_B), seg.grants_B)
+    k_R = (np.arange(len(first_R)) - first_R).astype(np.int32)
+    if seg.ghosts:
+        # The ghost's first slot exists in any table; so many rows behind it might not.
+        k_R[len(k_R) - sum(seg.grants[-seg.ghosts :]) :] = 0
+    return k_R
+
+
+def _out_rows(seg: Segment) -> np.ndarray:
+    begin_B = _before(seg.grants_B) + seg.grants_B - seg.outputs_B - _before(seg.outputs_B)
+    return np.repeat(begin_B, seg.outputs_B) + np.arange(seg.outputs_B.sum())
+
+
+SIZES: dict[str, Callable[[Segment], np.ndarray]] = {
+    "grant_B": lambda seg: seg.grants_B,
+    "first_B": lambda seg: _before(seg.grants_B),
+    "entry_R": lambda seg: np.repeat(np.arange(len(seg.grants)), seg.grants_B),
+    "n_out_B": lambda seg: seg.outputs_B,
+    "out_first_B": lambda seg: _before(seg.outputs_B),
+    "out_entry_M": lambda seg: np.repeat(np.arange(len(seg.outputs)), seg.outputs_B),
+    "out_row_M": _out_rows,
+    "k_R": _offsets,
+}
+"""The index tensors of a segment."""
 
 
 class Decoder(ABC):
@@ -217,6 +253,19 @@ class Decoder(ABC):
     def n_outputs(self, rows: int) -> int:
         """Draws for a request that was granted so many rows: its last ones. Host, pure."""
         return 1
+
+    def foresee(self, clocks: Clocks, rows: int) -> Clocks | None:
+        """The clocks after a step of so many rows, if nothing ends in it; None: only its report can tell. Host, pure.
+
+        What can be foreseen is planned while the step before is still running.
+        """
+        return None
+
+    def captures(self, prompts: bool) -> bool:
+        """Whether a step, with or without prompts among its requests, may be captured and replayed with other sizes:
+        whether `plan`, `resolve` and `draft` read of `grants`, `outputs` and `prompts` lengths and sums alone, and wait
+        for nothing. Host, pure."""
+        return False
 
     @abstractmethod
     def plan(self, seg: Segment) -> None:

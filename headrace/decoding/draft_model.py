@@ -96,8 +96,10 @@ class DraftModel(ChainDecoder):
     ) -> tuple[RowTable, list[Span], Tensor]:
         """Rows of the known tokens [kv, end) of each request, ghosts where there are fewer than `most`."""
         table, device = seg.table, kv_B.device
-        rows = _rows(most, seg.reqs_B, table.ghost, device)
-        count_B = torch.tensor(most, device=device)
+        # Without prompts all counts are equal, and nothing has to be uploaded.
+        even = not any(seg.prompts)
+        count_B = torch.full_like(seg.reqs_B, most[0]) if even else torch.tensor(most, device=device)
+        rows = _rows(sum(most), count_B, seg.reqs_B, table.ghost)
         first_B = count_B.cumsum(0) - count_B
         entry_R = torch.arange(len(most), device=device).repeat_interleave(count_B, output_size=sum(most))
         k_R = (torch.arange(sum(most), device=device) - first_B[entry_R]).int()
@@ -112,7 +114,7 @@ class DraftModel(ChainDecoder):
     ) -> tuple[RowTable, list[Span], Tensor]:
         """One row a request: draft k behind the known tokens."""
         count = len(seg.grants)
-        rows = _rows([1] * count, seg.reqs_B, seg.table.ghost, n_tok_B.device)
+        rows = _rows(count, torch.ones_like(seg.reqs_B), seg.reqs_B, seg.table.ghost)
         k_R = torch.full_like(n_tok_B, k)
         _fill(rows, seg.table, seg.reqs_B, n_tok_B + k, k_R, live_B)
         rows.tok.copy_(tok_B)
@@ -132,10 +134,10 @@ class DraftModel(ChainDecoder):
         return draw(logits_BV, params, table.stream[reqs_B], t_out_B).id_M
 
 
-def _rows(sizes: list[int], reqs_B: Tensor, ghost: int, device: torch.device) -> RowTable:
-    rows = RowTable.allocate(sum(sizes), len(sizes), ghost, 1, device)
+def _rows(n_rows: int, count_B: Tensor, reqs_B: Tensor, ghost: int) -> RowTable:
+    rows = RowTable.allocate(n_rows, len(reqs_B), ghost, 1, reqs_B.device)
     rows.reqs.copy_(reqs_B)
-    torch.cumsum(torch.tensor(sizes, device=device), 0, dtype=torch.int32, out=rows.row_ptr[1:])
+    torch.cumsum(count_B, 0, dtype=torch.int32, out=rows.row_ptr[1:])
     return rows
 
 

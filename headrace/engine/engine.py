@@ -14,12 +14,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
 from headrace.config import EngineConfig
-from headrace.decoding.base import Clocks, Decoder, Setup
+from headrace.decoding.base import Clocks, Decoder, Demand, Setup
+from headrace.engine.graphs import StepGraphs
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.engine.upkeep import Upkeep
@@ -59,8 +60,19 @@ class EngineStats:
     """Samples that began with the cache of their prompt's first sample."""
     chunks: int = 0
     """Grants that cut a prompt."""
+    ahead: int = 0
+    """Steps that were started before the one before had ended."""
     trigger_cuts: int = 0
     """Those of them that end where the cache is compacted."""
+
+
+class _Flight(NamedTuple):
+    """A step that was started."""
+
+    granted: list[Granted]
+    report: Callable[[], StepReport]
+    clocks: dict[int, Clocks] | None
+    """Clocks behind it by arrival, if they can be foreseen."""
 
 
 class Engine:
@@ -119,7 +131,11 @@ class Engine:
         self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states)
+        graphs = StepGraphs(self.device) if config.cuda_graphs and self.device.type == "cuda" else None
+        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
+        asked = config.async_scheduling
+        self.plans_ahead = self.device.type == "cuda" if asked is None else asked
+        self._flight: _Flight | None = None
         self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.runner.target.groups)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
@@ -219,12 +235,14 @@ class Engine:
         for request in ended:
             self.stats.aborts += 1
             self._finish(request, Finish.ABORT)
+        if not self._running:
+            self._land()
         return ended
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._running or self._waiting)
+        """Whether any request is unfinished, or a step is running."""
+        return bool(self._running or self._waiting or self._flight)
 
     @property
     def running(self) -> list[Request]:
@@ -249,19 +267,65 @@ class Engine:
     # One step
 
     def step(self) -> list[Request]:
-        """Run one step. Returns the requests that got tokens or ended in it."""
-        late = self._end_late()
-        schedule = self._schedule()
+        """Run one step. Returns the requests whose new tokens or ends are known since the last call.
+
+        Planning ahead, it starts a step before it waits for the one before, if that step's outcome can be foreseen so
+        far that no result depends on it; otherwise it waits first.
+        """
+        changed = self._end_late()
+        schedule = self._schedule_ahead() if self._flight else None
+        if schedule is None:
+            changed += self._land()
+            schedule = self._schedule()
         granted = self._admit(schedule)
-        if not granted:
-            return late
-        self.table.flush()
-        self.cache.flush()
-        report = self.runner.execute(granted, self._processor_rows(granted))
-        changed = self._collect(granted, report)
-        if self.config.check_invariants:
+        if granted:
+            self.table.flush()
+            self.cache.flush()
+            before = self._flight
+            report = self.runner.launch(granted, self._processor_rows(granted))
+            self._flight = _Flight(granted, report, self._foreseen(granted))
+            if before:
+                self.stats.ahead += 1
+                changed += self._collect(before)
+        if not (granted and self.plans_ahead):
+            changed += self._land()
+        if self.config.check_invariants and not self._flight:
             self.audit()
-        return late + changed
+        return changed
+
+    def _foreseen(self, granted: Sequence[Granted]) -> dict[int, Clocks] | None:
+        """Clocks behind a step, by arrival; None if those of one request cannot be foreseen."""
+        if not self.plans_ahead:
+            return None
+        foreseen: dict[int, Clocks] = {}
+        for request, rows, n_done, pending in granted:
+            before = Clocks(n_done + pending, n_done, request.drafted, request.limit)
+            clocks = self.decoders[request.decoder].foresee(before, rows)
+            if clocks is None or self._processors[request.index] or request.scores_prompt:
+                return None
+            if clocks.n_done >= request.trigger:
+                return None  # its cache is compacted first
+            foreseen[request.arrival] = clocks
+        return foreseen
+
+    def _schedule_ahead(self) -> Schedule | None:
+        """Grants beside the running step; None if they have to wait for its end."""
+        assert self._flight is not None
+        if self._flight.clocks is None:
+            return None
+        self.upkeep.retry()
+        schedule = compose(self.scheduler, self.snapshot(), patient=True)
+        return schedule if schedule.grants else None
+
+    def _land(self) -> list[Request]:
+        """Wait for the running step, if there is one, and collect it."""
+        flight, self._flight = self._flight, None
+        return self._collect(flight) if flight else []
+
+    def _clocks(self, request: Request) -> Clocks:
+        """Clocks of a running request behind all that was started."""
+        ahead = self._flight and self._flight.clocks and self._flight.clocks.get(request.arrival)
+        return ahead or Clocks(request.n_tok, request.n_done, request.drafted, request.limit)
 
     def _end_late(self) -> list[Request]:
         """End the requests whose deadline has passed; returns them."""
@@ -316,26 +380,30 @@ class Engine:
     def _view(self, request: Request) -> RequestView:
         running = request.index >= 0
         groups = len(self.cache.groups)
-        done, idle = request.n_done, 0
+        clocks, idle = self._clocks(request), 0
         parent = self._parent_to_fork(request)
         if parent is not None:
-            done = request.prompt_len - 1
+            clocks = clocks._replace(n_done=request.prompt_len - 1)
         elif not running:
             done, idle = self.cache.look_up(request)
-        demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
+            clocks = clocks._replace(n_done=done)
+        done, ahead = clocks.n_done, clocks.n_done - request.n_done
+        demand = self.decoders[request.decoder].demand(clocks)
+        if running and clocks.n_tok > request.n_tok and clocks.n_tok >= request.limit:
+            demand = Demand(0, 0)  # the running step ends it
         # No row passes a trigger: behind it rows see what the upkeep leaves.
-        ahead = (request.trigger if running else request.exact_len) - done
+        room = (request.trigger if running else request.exact_len) - done
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
             running=running,
             least=demand.least,
             # Rows of a tree take slots too.
-            most=min(max(demand.least, min(demand.most, ahead)), request.limit - done),
+            most=min(max(demand.least, min(demand.most, room)), request.limit - done),
             scratch=demand.scratch,
             most_slots=request.limit,
-            decoding=running and request.pending == 1,
-            kv_len=tuple(map(request.slots, range(groups))) if running else (done,) * groups,
+            decoding=running and clocks.n_tok - done == 1,
+            kv_len=tuple(request.slots(g) + ahead for g in range(groups)) if running else (done,) * groups,
             pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
             idle_hits=idle,
             priority=request.priority,
@@ -384,31 +452,37 @@ class Engine:
             for processor in self._processors[request.index]:
                 processor.admit(request)
             self.decoders[request.decoder].admit(request)
-        granted = [Granted(self._running[key], rows) for key, rows in schedule.grants.items()]
-        for request, rows in granted:
-            demand = self.decoders[request.decoder].demand(
-                Clocks(request.n_tok, request.n_done, request.drafted, request.limit)
-            )
-            self.cache.reserve(request, min(rows + demand.scratch, request.limit - request.n_done))
-            self.stats.chunks += rows < request.pending
-            self.stats.trigger_cuts += rows < request.pending and request.n_done + rows == request.trigger
+        granted = []
+        for key, rows in schedule.grants.items():
+            request = self._running[key]
+            clocks = self._clocks(request)
+            n_done, pending = clocks.n_done, clocks.n_tok - clocks.n_done
+            demand = self.decoders[request.decoder].demand(clocks)
+            ahead = n_done - request.n_done
+            self.cache.reserve(request, ahead + min(rows + demand.scratch, request.limit - n_done))
+            self.stats.chunks += rows < pending
+            self.stats.trigger_cuts += rows < pending and n_done + rows == request.trigger
+            granted.append(Granted(request, rows, n_done, pending))
         # Requests of one decoder stand together; sorting keeps their order.
         order = {name: place for place, name in enumerate(self.decoders)}
         return sorted(granted, key=lambda g: order[g.request.decoder])
 
     def _processor_rows(self, granted: Sequence[Granted]) -> list[tuple[LogitProcessor, list[int]]]:
         """Each processor that is wanted in this step with its rows, in the order of registration."""
-        active = [self._processors[request.index] for request, _ in granted]
+        active = [self._processors[g.request.index] for g in granted]
         if not any(active):
             return []
         rows = [(p, [i for i, wanted in enumerate(active) if p in wanted]) for p in self.processors]
         return [(processor, picked) for processor, picked in rows if picked]
 
-    def _collect(self, granted: Sequence[Granted], report: StepReport) -> list[Request]:
-        """Append what was committed, publish whole pages, end what has ended."""
+    def _collect(self, flight: _Flight) -> list[Request]:
+        """Wait for a step. Append what was committed, publish whole pages, end what has ended."""
+        report = flight.report()
         now_s = self.clock()
         changed: list[Request] = []
-        for i, (request, _) in enumerate(granted):
+        for i, (request, _, _, _) in enumerate(flight.granted):
+            if request.finish:
+                continue  # it was aborted, or ended in the step before this one was planned to follow
             request.n_done += report.n_kv[i]
             if i in report.given:
                 if not request.prompt_logprobs:
@@ -503,7 +577,12 @@ class Engine:
     # Books
 
     def audit(self) -> None:
-        """Raise InvariantError unless pages, indices and clocks agree with the requests that hold them."""
+        """Raise InvariantError unless pages, indices and clocks agree with the requests that hold them.
+
+        Between two calls of `step` a step may be running, whose clocks nobody knows: then it is InvariantError too.
+        """
+        if self._flight:
+            raise InvariantError("the books can only be checked when no step is running: call step once more")
         running = list(self._running.values())
         self.cache.audit(running)
         self.states.audit({request.index: request.n_done for request in running})

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ from headrace.cache.manager import CacheManager
 from headrace.cache.states import StateStore
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
-from headrace.kernels.advance import Advanced
+from headrace.engine.graphs import BUCKETS, Sheet, StepGraphs, ghost_grants
 from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.models.base import CausalLM
@@ -39,6 +40,33 @@ class Granted(NamedTuple):
 
     request: Request
     rows: int
+    n_done: int
+    """Committed tokens before the step, those of a step that is still running included."""
+    pending: int
+    """Tokens known and not committed, likewise."""
+
+
+T = TypeVar("T")
+
+
+class _Read(NamedTuple, Generic[T]):
+    """What the host reads of a step, as tensors or arrays: [B] or [B, E]."""
+
+    n_kv: T
+    n_emit: T
+    finish: T
+    drafted: T | None
+    emit: T
+    logprob: T
+
+
+class _Done(NamedTuple):
+    """A step on the device."""
+
+    read: _Read[Tensor]
+    commit: Commit
+    raw_MV: Tensor
+    given: dict[int, TopLogprobs]
 
 
 ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
@@ -94,7 +122,7 @@ class Stream:
 class _Context:
     """What the layers see of a step: positions, attention over the rows, and recurrences."""
 
-    def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span]) -> None:
+    def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span] | None) -> None:
         self._cache = runner.cache
         self._table = runner.table
         self._first_layer = stream.first_layer
@@ -156,6 +184,8 @@ class Runner:
         streams: the target, then the models of the decoders in their order.
         decoders: by name; requests of a step are in the order of this dict.
         max_rows: bounds the rows of a step.
+        states: the fixed states of the target.
+        graphs: where steps are padded, recorded and replayed; None: every step runs as it is.
     """
 
     def __init__(
@@ -166,6 +196,7 @@ class Runner:
         decoders: Mapping[str, Decoder],
         max_rows: int,
         states: StateStore,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.target = streams[0]
         self.model = self.target.model
@@ -173,7 +204,10 @@ class Runner:
         self.states = states
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
-        self.rows = RowTable.allocate(max_rows, table.ghost, table.ghost, 1, self.device)
+        self.graphs = graphs
+        # Room for the widest step and, where steps are padded, for the widest bucket.
+        room = 0 if graphs is None else BUCKETS[-1]
+        self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
             for number, stream in enumerate(streams[1:], 1)
@@ -188,15 +222,75 @@ class Runner:
             decoder.bind(mine, SoftRows(soft_SE[first : first + decoder.n_soft], first))
             first += decoder.n_soft
 
-    @torch.inference_mode()
     def execute(self, granted: Sequence[Granted], processors: ProcessorRequests = ()) -> StepReport:
-        """Run one step over the granted rows and commit what came of it.
+        """Run one step over the granted rows, commit what came of it, and wait for the report."""
+        return self.launch(granted, processors)()
 
-        The requests are grouped by decoder. `processors` change the logits of their requests before the draw.
+    @torch.inference_mode()
+    def launch(self, granted: Sequence[Granted], processors: ProcessorRequests = ()) -> Callable[[], StepReport]:
+        """Start one step over the granted rows; the result waits for it and says what was committed.
+
+        The requests are grouped by decoder. `processors` change the logits of their requests before the draw. On a GPU
+        nothing here waits for the device.
         """
+        self._count(granted)
+        ghosts = self._padding(granted, processors)
+        if ghosts is not None:
+            return self._launch_padded(granted, ghosts)
         clock = [time.perf_counter()]
-        rows, spans = self._build(granted)
-        segments = self._segments(granted, rows)
+        rows, segments = self._build(granted)
+        done = self._run(granted, rows, segments, self._spans(granted), processors, clock)
+        top = self._top(granted, done)
+        if self.device.type == "cpu":
+            report = self._report(granted, done.read, top, done.given)
+            self._tick(clock)
+            self._add_times(clock)
+            return lambda: report
+        fetch = _fetch(_pack(done.read), done.read.emit.shape[1])
+        return lambda: self._report(granted, fetch(), top, done.given)
+
+    def _padding(self, granted: Sequence[Granted], processors: ProcessorRequests) -> list[int] | None:
+        """Rows of the ghosts that a step is padded with to be recorded or replayed; None: it runs as it is."""
+        if self.graphs is None or processors or self.states.groups:
+            return None
+        names = {g.request.decoder for g in granted}
+        wide = any(g.request.params.logprobs is not None or g.request.scores_prompt for g in granted)
+        if len(names) > 1 or wide or not self.decoders[names.pop()].captures(any(g.pending > 1 for g in granted)):
+            return None
+        return ghost_grants([g.rows for g in granted])
+
+    def _launch_padded(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> Callable[[], StepReport]:
+        assert self.graphs is not None
+        grants = [*(g.rows for g in granted), *ghosts]
+        decoder = self.decoders[granted[0].request.decoder]
+        outputs = [decoder.n_outputs(n) for n in grants]
+        prompts = [*(g.pending > 1 for g in granted), *(False for _ in ghosts)]
+        rows = self.rows.first(sum(grants), len(grants))
+        seg = Segment(self.table, rows, grants, outputs, prompts, len(ghosts))
+        key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts)
+        reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
+        arrays = seg.arrays()
+        sheet = self.graphs.sheet(key, [*_borders(reqs, grants), *arrays.values()])
+        seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
+
+        def step() -> Tensor:
+            rows.reqs.copy_(sheet.views[0])
+            rows.row_ptr.copy_(sheet.views[1])
+            return _pack(self._run(granted, rows, [(decoder, seg)], None, (), []).read)
+
+        fetch = _fetch(self.graphs.run(key, step), decoder.e_max)
+        return lambda: self._report(granted, fetch(), {}, {})
+
+    def _run(
+        self,
+        granted: Sequence[Granted],
+        rows: RowTable,
+        segments: Sequence[tuple[Decoder, Segment]],
+        spans: Sequence[Span] | None,
+        processors: ProcessorRequests,
+        clock: list[float],
+    ) -> _Done:
+        """The step itself, from the plans of the decoders to their drafts. Waits for nothing on a GPU."""
         for decoder, seg in segments:
             decoder.plan(seg)
         outs = self._outs(granted, rows, segments)
@@ -217,24 +311,46 @@ class Runner:
         if commit.path is not None:
             self.cache.move(self.target.groups, self.table.kv_len, *moves(self.table, rows, commit, committed.n_kv_B))
         context.states.commit(commit, committed.n_kv_B)
-        drafted = self._draft(segments)
-        report = self._report(granted, commit, committed, drawn.logp_raw_M, drafted, raw_MV, given)
-        self._tick(clock)
-        self._count(clock, sum(g.rows for g in granted))
-        return report
+        read = _Read(
+            committed.n_kv_B,
+            committed.n_emit_B,
+            committed.finish_B,
+            self._draft(segments),
+            commit.emit,
+            drawn.logp_raw_M[commit.priced_by.long()],
+        )
+        return _Done(read, commit, raw_MV, given)
 
-    def _build(self, granted: Sequence[Granted]) -> tuple[RowTable, list[Span]]:
-        """The rows of the step, of which only requests and borders are known."""
+    def _build(self, granted: Sequence[Granted]) -> tuple[RowTable, list[tuple[Decoder, Segment]]]:
+        """The rows of the step, of which only requests and borders are known, and its segments."""
         sizes = [g.rows for g in granted]
         rows = self.rows.first(sum(sizes), len(sizes))
-        borders = list(itertools.accumulate(sizes, initial=0))
-        rows.reqs.copy_(torch.tensor([g.request.index for g in granted], dtype=torch.int32))
-        rows.row_ptr.copy_(torch.tensor(borders, dtype=torch.int32))
-        spans = [
-            (first, size, max((request.slots(g) for g in self.target.groups), default=0) + size)
-            for first, (request, size) in zip(borders, granted, strict=False)
-        ]
-        return rows, spans
+        segments = self._segments(granted, rows)
+        borders = _borders([g.request.index for g in granted], sizes)
+        if self.device.type == "cpu":
+            rows.reqs.copy_(torch.from_numpy(borders[0]))
+            rows.row_ptr.copy_(torch.from_numpy(borders[1]))
+            return rows, segments
+        arrays = [seg.arrays() for _, seg in segments]
+        values = [*borders, *(array for found in arrays for array in found.values())]
+        sheet = Sheet(values, self.device)
+        sheet.fill(values)
+        rows.reqs.copy_(sheet.views[0])
+        rows.row_ptr.copy_(sheet.views[1])
+        views = iter(sheet.views[2:])
+        for (_, seg), found in zip(segments, arrays, strict=True):
+            seg.use({name: next(views) for name in found})
+        return rows, segments
+
+    def _spans(self, granted: Sequence[Granted]) -> list[Span]:
+        spans: list[Span] = []
+        first = 0
+        for request, size, done, _ in granted:
+            ahead = done - request.n_done
+            slots = max((request.slots(g) for g in self.target.groups), default=0)
+            spans.append((first, size, slots + ahead + size))
+            first += size
+        return spans
 
     def _segments(self, granted: Sequence[Granted], rows: RowTable) -> list[tuple[Decoder, Segment]]:
         """Neighbours with the same decoder, in the order of the step."""
@@ -246,7 +362,7 @@ class Runner:
             part = rows
             if len(mine) < len(granted):
                 part = rows.part(range(first_row, first_row + sum(grants)), range(first, first + len(mine)))
-            prompts = [g.request.pending > 1 for g in mine]
+            prompts = [g.pending > 1 for g in mine]
             outputs = [decoder.n_outputs(n) for n in grants]
             segments.append((decoder, Segment(self.table, part, grants, outputs, prompts)))
             first_row, first = first_row + sum(grants), first + len(mine)
@@ -259,7 +375,7 @@ class Runner:
         scored_rows: list[int] = []
         targets: list[int] = []
         first = 0
-        for request, size in granted:
+        for request, size, _, _ in granted:
             if request.params.prompt_logprobs is not None:
                 for index in _scored_range(request, size):
                     scored_rows.append(first + index - 1 - request.n_done)
@@ -273,9 +389,10 @@ class Runner:
             entry_parts.append(seg.out_entry_M + first)
             first_row, first = first_row + sum(seg.grants), first + len(seg.grants)
         n_draw = sum(sum(seg.outputs) for _, seg in segments)
+        target = outs_row = row_parts[0].new_empty(0)
         if scored_rows:
-            row_parts.append(torch.tensor(scored_rows, dtype=torch.int64, device=self.device))
-        target = torch.tensor(targets, dtype=torch.int64, device=self.device)
+            outs_row, target = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (scored_rows, targets))
+            row_parts.append(outs_row)
         return OutTable(_joined(row_parts), _joined(t_parts), _joined(entry_parts), n_draw, target)
 
     def _draw(
@@ -310,12 +427,12 @@ class Runner:
         ]
         return join(commits, firsts[:-1])
 
-    def _draft(self, segments: Sequence[tuple[Decoder, Segment]]) -> list[int]:
-        drafted: list[int] = []
-        for decoder, seg in segments:
-            count_B = decoder.draft(seg)
-            drafted += [0] * len(seg.grants) if count_B is None else count_B.tolist()
-        return drafted
+    def _draft(self, segments: Sequence[tuple[Decoder, Segment]]) -> Tensor | None:
+        """What each decoder drafted for the next step, int32 [B]; None: nothing, for no request."""
+        counts = [(decoder.draft(seg), seg) for decoder, seg in segments]
+        if all(count_B is None for count_B, _ in counts):
+            return None
+        return _joined([torch.zeros_like(seg.rows.reqs) if n_B is None else n_B for n_B, seg in counts])
 
     def _evaluate(self, stream: Stream, rows: RowTable, spans: Sequence[Span], wanted_M: Tensor) -> Tensor:
         hidden_ME: Tensor = stream.model(rows.tok, _Context(self, stream, rows, spans), wanted_M)
@@ -325,7 +442,7 @@ class Runner:
         """Log-probs of given tokens, by request of the step; hidden states of the scored rows only."""
         given: dict[int, TopLogprobs] = {}
         start = 0
-        for i, (request, size) in enumerate(granted):
+        for i, (request, size, _, _) in enumerate(granted):
             if request.params.prompt_logprobs is None:
                 continue
             count = len(_scored_range(request, size))
@@ -340,47 +457,43 @@ class Runner:
             start += count
         return given
 
-    def _report(
-        self,
-        granted: Sequence[Granted],
-        commit: Commit,
-        committed: Advanced,
-        logprob_M: Tensor,
-        drafted: list[int],
-        raw_MV: Tensor,
-        given: dict[int, TopLogprobs],
-    ) -> StepReport:
-        n_emit = committed.n_emit_B.tolist()
+    def _top(self, granted: Sequence[Granted], done: _Done) -> dict[int, TopLogprobs]:
+        """Top log-probs of the requests that asked for them, one row for each token that may be emitted."""
         top: dict[int, TopLogprobs] = {}
-        for i, (request, _) in enumerate(granted):
-            if request.params.logprobs is not None and n_emit[i]:
-                rows_MV = raw_MV[commit.priced_by[i, : n_emit[i]].long()]
-                top[i] = gather_logprobs(rows_MV, commit.emit[i, : n_emit[i]], request.params.logprobs)
-        logprob = logprob_M[commit.priced_by.long()].tolist()
-        emit = commit.emit.tolist()
+        for i, (request, _, _, _) in enumerate(granted):
+            if request.params.logprobs is not None:
+                rows_MV = done.raw_MV[done.commit.priced_by[i].long()]
+                top[i] = gather_logprobs(rows_MV, done.commit.emit[i].clamp(min=0), request.params.logprobs)
+        return top
+
+    def _report(
+        self, granted: Sequence[Granted], read: _Read[Any], top: dict[int, TopLogprobs], given: dict[int, TopLogprobs]
+    ) -> StepReport:
+        count = len(granted)
+        n_emit = read.n_emit[:count].tolist()
+        emit, logprob = read.emit[:count].tolist(), read.logprob[:count].tolist()
         return StepReport(
-            n_kv=committed.n_kv_B.tolist(),
+            n_kv=read.n_kv[:count].tolist(),
             n_emit=n_emit,
             emit=[tokens[:n] for tokens, n in zip(emit, n_emit, strict=True)],
-            finish=committed.finish_B.tolist(),
+            finish=read.finish[:count].tolist(),
             logprob=[values[:n] for values, n in zip(logprob, n_emit, strict=True)],
-            drafted=drafted,
-            top=top,
+            drafted=[0] * count if read.drafted is None else read.drafted[:count].tolist(),
+            top={i: TopLogprobs(*(x[: n_emit[i]] for x in found)) for i, found in top.items() if n_emit[i]},
             given=given,
         )
 
     def _tick(self, clock: list[float]) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         clock.append(time.perf_counter())
 
-    def _count(self, clock: Sequence[float], n_rows: int) -> None:
-        times = self.times
-        times.steps += 1
-        times.rows += n_rows
+    def _count(self, granted: Sequence[Granted]) -> None:
+        self.times.steps += 1
+        self.times.rows += sum(g.rows for g in granted)
+
+    def _add_times(self, clock: Sequence[float]) -> None:
         stages = ("build_s", "body_s", "head_s", "draw_s", "commit_s")
         for name, (start, end) in zip(stages, itertools.pairwise(clock), strict=True):
-            setattr(times, name, getattr(times, name) + end - start)
+            setattr(self.times, name, getattr(self.times, name) + end - start)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -405,9 +518,44 @@ class Runner:
             clock = [time.perf_counter()]
             hidden_RE = self.model(rows.tok, _Context(self, self.target, rows, [(0, n_rows, 1)]))
             self.model.logits(hidden_RE[:1])
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self._tick(clock)
             best = min(best, clock[1] - clock[0])
         return best
+
+
+def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:
+    """Request indices and row borders, int32 [B] and [B+1]."""
+    borders = list(itertools.accumulate(grants, initial=0))
+    return [np.array(reqs, np.int32), np.array(borders, np.int32)]
+
+
+def _pack(read: _Read[Tensor]) -> Tensor:
+    """Everything the host reads in one tensor, int32 [B, 4 + 2 E]."""
+    drafted_B = torch.zeros_like(read.n_kv) if read.drafted is None else read.drafted
+    columns_B4 = torch.stack((read.n_kv, read.n_emit, read.finish, drafted_B), 1)
+    return torch.cat((columns_B4, read.emit.int(), read.logprob.float().view(torch.int32)), 1)
+
+
+def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
+    """Start the copy to the host; the result waits for it."""
+    is_cuda = packed.is_cuda
+    landed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=is_cuda)
+    landed.copy_(packed, non_blocking=True)
+    event = torch.cuda.Event() if is_cuda else None
+    if event is not None:
+        event.record()
+
+    def read() -> _Read[np.ndarray]:
+        if event is not None:
+            event.synchronize()
+        table = landed.numpy()
+        emit, logprob = table[:, 4 : 4 + e_max], table[:, 4 + e_max :]
+        n_kv, n_emit, finish, drafted = table.T[:4]
+        return _Read(n_kv, n_emit, finish, drafted, emit, np.ascontiguousarray(logprob).view(np.float32))
+
+    return read
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

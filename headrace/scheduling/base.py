@@ -34,7 +34,7 @@ class RequestView(NamedTuple):
     least: int
     """Rows below which a grant brings no progress."""
     most: int
-    """Rows that can be used in this step."""
+    """Rows that can be used in this step; 0 for a request that ends, as far as one can tell, in the running one."""
     decoding: bool
     """Whether the prompt is committed, so that every further step brings a token."""
     kv_len: tuple[int, ...]
@@ -134,15 +134,15 @@ def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int
     )
 
 
-def compose(policy: SchedulerPolicy, snapshot: Snapshot) -> Schedule:
+def compose(policy: SchedulerPolicy, snapshot: Snapshot, patient: bool = False) -> Schedule:
     """Grants for one step, or a victim. Raises InvariantError if no phase can move, which a cache that holds
-    the longest request rules out."""
+    the longest request rules out; not if `patient`: while a step runs, pages and requests may wait for its end."""
     phases = policy.order(snapshot)
     for phase in phases:
         schedule = _compose_phase(policy, snapshot, phase)
         if schedule.grants or schedule.victim is not None:
             return schedule
-    if any(phases):
+    if any(phases) and not patient:
         raise InvariantError("a step with work to do was composed empty: the cache is too small for one request")
     return Schedule()
 
@@ -156,6 +156,8 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
     for place, view in enumerate(order):
         if left < 1:
             break
+        if view.most < 1:
+            continue  # all that it may have is running already
         # The first may be a long prompt: it leaves the decoding requests of its priority a row each.
         wanted = min(view.most, left if place else max(view.least, left - _rows_behind(order)))
         if view.running:

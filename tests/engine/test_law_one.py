@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import MODEL_LEN, VOCAB, alone_of, examples, make_engine
+from tiny import MODEL_LEN, VOCAB, alone_of, examples, make_engine, pad
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams
@@ -72,11 +72,12 @@ def serve(engine: Engine, arrivals: list[tuple[int, tuple[int, ...], SamplingPar
     return [requests[i] for i in range(len(arrivals))]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("scheduler", SCHEDULERS.names())
-def test_tokens_are_those_of_the_request_alone(scheduler: str, events: Counter[str]) -> None:
-    events.update(
-        dict.fromkeys(["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token"], 0)
-    )
+def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, events: Counter[str]) -> None:
+    """`ahead`: steps are planned while the one before runs, and padded to the shapes that a GPU records."""
+    counted = ["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token", "stopped late"]
+    events.update(dict.fromkeys([*counted, "planned ahead", "padded shape"] if ahead else counted[:-1], 0))
 
     @settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -103,7 +104,10 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, events: Counter[s
             max_model_len=longest,
             max_num_seqs=seats,
             enable_prefix_caching=caching,
+            async_scheduling=ahead,
         )
+        if ahead:
+            pad(engine)
         requests = serve(engine, arrivals)
         for request in requests:
             tokens, reason = alone_of(request)
@@ -120,6 +124,11 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, events: Counter[s
         events["famine"] += engine.stats.preemptions
         events["hit"] += engine.cache.hit_tokens > 0
         events["eviction"] += sum(pool.reclaimed for pool in engine.cache.pools)
+        if ahead:
+            assert engine.runner.graphs is not None
+            events["planned ahead"] += engine.stats.ahead
+            events["stopped late"] += engine.stats.ahead and any(r.finish is Finish.STOP for r in requests)
+            events["padded shape"] += len(engine.runner.graphs.keys)
 
     run()
 

@@ -15,10 +15,12 @@ import torch
 
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
+from headrace.engine.graphs import BUCKETS, StepGraphs
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.params import SamplingParams
 from headrace.request import Request
+from headrace.step import RowTable
 
 DEVICE = os.environ.get("HEADRACE_TEST_DEVICE", "cpu")
 """Where the suites run: `make test-gpu` runs them on a GPU too."""
@@ -103,3 +105,13 @@ def alone_of(request: Request) -> tuple[tuple[int, ...], str | None]:
     """The same for a request of another engine, by plain decoding."""
     params = {**request.params.to_dict(), "decoder": None}
     return alone(tuple(request.tokens[: request.prompt_len]), json.dumps(params))
+
+
+def pad(engine: Engine) -> None:
+    """Let an engine on the CPU pad its steps to the shapes that a GPU records."""
+    runner = engine.runner
+    if runner.graphs is None:
+        runner.graphs = StepGraphs(engine.device)
+        runner.rows = RowTable.allocate(
+            max(len(runner.rows.tok), BUCKETS[-1]), BUCKETS[-1], engine.table.ghost, 1, engine.device
+        )

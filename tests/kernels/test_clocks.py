@@ -29,6 +29,7 @@ def ints(rng: np.random.Generator, low: int, high: int, *shape: int) -> torch.Te
 def test_advance(events: Counter[str]) -> None:
     names = {0: "goes on", **{f.value: f.name.lower() for f in (Finish.STOP, Finish.LENGTH, Finish.ERROR)}}
     events.update(dict.fromkeys([*names.values(), "cut by a trigger", "nothing emitted", "several tokens"], 0))
+    events.update({"ended before": 0, "ghost": 0})
 
     @settings(max_examples=400, deadline=None)
     @given(seed=st.integers(0, 2**32), e_max=st.integers(1, 6))
@@ -41,14 +42,15 @@ def test_advance(events: Counter[str]) -> None:
         clocks = Clocks(
             n_tok=n_done + pending,
             n_done=n_done,
-            finish=torch.zeros_like(n_done),
+            finish=torch.where(ints(rng, 0, 8, REQUESTS + 1) > 0, 0, int(Finish.STOP)).int(),
             hist=ints(rng, 0, 9, REQUESTS + 1, LENGTH),
             kv_len=n_done.repeat(2, 1) - ints(rng, 0, 3, 2, 1),
             limit=n_done + pending + ints(rng, 0, 6, REQUESTS + 1),
             trigger=n_done + ints(rng, 1, 8, REQUESTS + 1) if near else far,
             stop_ids=torch.where(ints(rng, 0, 2, REQUESTS + 1, STOPS) > 0, ints(rng, 0, 9, REQUESTS + 1, STOPS), -1),
         )
-        reqs_B = torch.from_numpy(rng.permutation(REQUESTS)[: rng.integers(1, REQUESTS + 1)])
+        ghosts = [REQUESTS] * int(rng.integers(0, 3))
+        reqs_B = torch.tensor([*rng.permutation(REQUESTS)[: rng.integers(1, REQUESTS + 1)], *ghosts])
         n_emit_B = ints(rng, 0, e_max + 1, len(reqs_B))
         n_kv_B = torch.where(n_emit_B > 0, pending[reqs_B] + n_emit_B - 1, ints(rng, 0, 2, len(reqs_B)))
         emit_BE = torch.where(ints(rng, 0, 12, len(reqs_B), e_max) > 0, ints(rng, 0, 9, len(reqs_B), e_max), -1)
@@ -59,6 +61,13 @@ def test_advance(events: Counter[str]) -> None:
             assert x.tolist() == y.tolist()
         for name, x, y in zip(Clocks._fields, mine, theirs, strict=True):
             assert x[..., :REQUESTS].equal(y[..., :REQUESTS]) if name == "kv_len" else x[:REQUESTS].equal(y[:REQUESTS])
+        for name in ("n_tok", "n_done", "kv_len"):
+            before, after = getattr(clocks, name), getattr(mine, name)
+            assert after[..., REQUESTS].equal(before[..., REQUESTS]), "the ghost never advances"
+            still_B = clocks.finish[:REQUESTS] != 0
+            assert after[..., :REQUESTS][..., still_B].equal(before[..., :REQUESTS][..., still_B])
+        events["ghost"] += len(ghosts)
+        events["ended before"] += int((clocks.finish[reqs_B] != 0).sum())
         for reason in got.finish_B.tolist():
             events[names[reason]] += 1
         events["cut by a trigger"] += int((clocks.n_done[reqs_B] + n_kv_B > clocks.trigger[reqs_B]).sum())

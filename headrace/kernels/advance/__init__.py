@@ -2,8 +2,9 @@
 
 A request emits nothing behind its first stop token, its limit or its trigger: rows behind a trigger would see what a
 cache policy is about to change. Each token that is not emitted is a row less that is committed. An emitted id of -1
-(nothing could be drawn) ends the request with an error and is not emitted. Letters: B requests of the step, Bmax
-request indices (index Bmax is the ghost), E tokens at most, G cache groups.
+(nothing could be drawn) ends the request with an error and is not emitted. Requests that have ended already, and the
+ghost, stay as they are. Letters: B requests of the step, Bmax request indices (index Bmax is the ghost), E tokens at
+most, G cache groups.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def advance(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, em
 
     Args:
         clocks: tables by request index.
-        reqs_B: request indices, int64 [B], each once.
+        reqs_B: request indices, int64 [B], each once but for the ghost's.
         n_kv_B, n_emit_B: rows and tokens as resolved, int32 [B].
         emit_BE: token ids, int32 [B, E]; entries from n_emit on are not read.
     """

@@ -20,6 +20,9 @@ def _advance(clocks: Any, reqs_B: Any, n_kv_B: Any, n_emit_B: Any, emit_BE: Any,
     n_tok, n_done, finish, hist, kv_len, limit, trigger, stop_ids = clocks
     for i in range(len(reqs_B)):
         r = reqs_B[i]
+        if r == len(n_tok) - 1 or finish[r] != 0:
+            out_3B[0, i], out_3B[1, i], out_3B[2, i] = 0, 0, finish[r]
+            continue
         late = max(n_done[r] + n_kv_B[i] - trigger[r], 0)
         wanted = max(n_emit_B[i] - late, 0)
         room = max(limit[r] - n_tok[r], 0)

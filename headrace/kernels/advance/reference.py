@@ -37,6 +37,9 @@ class Advanced(NamedTuple):
 def advance_reference(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, emit_BE: Tensor) -> Advanced:
     """See the package."""
     e_max, ghost = emit_BE.shape[1], clocks.n_tok.shape[0] - 1
+    ended_B = clocks.finish[reqs_B]
+    live_B = (ended_B == 0) & (reqs_B != ghost)
+    n_kv_B, n_emit_B = (torch.where(live_B, x_B, 0) for x_B in (n_kv_B, n_emit_B))
     n_tok_B = clocks.n_tok[reqs_B]
     late_B = (clocks.n_done[reqs_B] + n_kv_B - clocks.trigger[reqs_B]).clamp_(min=0)
     wanted_B = (n_emit_B - late_B).clamp_(min=0)
@@ -57,6 +60,7 @@ def advance_reference(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: 
     finish_B = torch.where(at_limit_B, int(Finish.LENGTH), 0)
     finish_B = torch.where(first_stop_B < torch.minimum(kept_B, first_bad_B), int(Finish.STOP), finish_B)
     finish_B = torch.where(first_bad_B < torch.minimum(first_stop_B, room_B), int(Finish.ERROR), finish_B).int()
+    finish_B = torch.where(live_B, finish_B, ended_B)
     # What a trigger cuts beyond the tokens are rows of a prompt.
     rows_B = n_kv_B - torch.maximum(late_B, n_emit_B - kept_B)
 

@@ -1,0 +1,110 @@
+"""Steps that are recorded once and replayed: CUDA graphs keyed by bucketed rows and requests.
+
+A step is padded with ghosts up to the next bucket, so that few shapes cover all steps; what changes from step to step
+is data in buffers at fixed addresses. The first step of a shape runs as it is, which also loads and tunes its kernels,
+and is then recorded; the following ones are replayed. On the CPU nothing is recorded: there padding alone is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Rows and requests of recorded steps; wider ones are not recorded."""
+
+
+def bucket(n: int) -> int | None:
+    """The smallest bucket that holds n, or None."""
+    return next((size for size in BUCKETS if size >= n), None)
+
+
+def ghost_grants(grants: Sequence[int]) -> list[int] | None:
+    """Rows of the ghosts that pad a step up to buckets of rows and requests; None: the step is too wide.
+
+    Each ghost has a row at least, and all have about equally many.
+    """
+    n_rows, n_reqs = sum(grants), len(grants)
+    for size in BUCKETS:
+        ghosts = size - n_reqs
+        rows = bucket(n_rows + max(ghosts, 0))
+        if ghosts < 0 or rows is None or (ghosts == 0 and rows > n_rows):
+            continue
+        share, rest = divmod(rows - n_rows, max(ghosts, 1))
+        return [share + (i < rest) for i in range(ghosts)]
+    return None
+
+
+class Sheet:
+    """The index arrays of a step in one buffer: one copy brings them all to the device."""
+
+    def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
+        """Buffer and views for arrays of these shapes and types."""
+        self._ends: list[int] = []
+        end = 0
+        for array in arrays:
+            end += -(-array.nbytes // 8) * 8  # the widest elements have eight bytes
+            self._ends.append(end)
+        self._buffer = torch.empty(end, dtype=torch.uint8, device=device)
+        self.views = [
+            self._part(self._buffer, i, array).view(torch.from_numpy(array).dtype) for i, array in enumerate(arrays)
+        ]
+
+    def _part(self, buffer: Tensor, i: int, array: np.ndarray) -> Tensor:
+        begin = self._ends[i - 1] if i else 0
+        return buffer[begin : begin + array.nbytes]
+
+    def fill(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copy arrays of the same shapes. Does not wait: the device gets them in the order of its stream."""
+        # The allocator of pinned memory gives a block to others only when its copies are done.
+        staged = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
+        for i, array in enumerate(arrays):
+            self._part(staged, i, array).numpy()[:] = np.ascontiguousarray(array).view(np.uint8)
+        self._buffer.copy_(staged, non_blocking=True)
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    packed: Tensor
+
+
+class StepGraphs:
+    """Recorded steps by key."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sheets: dict[Hashable, Sheet] = {}
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.replays = 0
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """Of the steps met so far."""
+        return list(self._sheets)
+
+    def sheet(self, key: Hashable, arrays: Sequence[np.ndarray]) -> Sheet:
+        """The filled sheet of a key, always at the same address."""
+        if key not in self._sheets:
+            self._sheets[key] = Sheet(arrays, self._device)
+        self._sheets[key].fill(arrays)
+        return self._sheets[key]
+
+    def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
+        """What `step` returns: by a replay if the key was met before. Read it before the next run of the key."""
+        found = self._recorded.get(key)
+        if found is not None:
+            found.graph.replay()
+            self.replays += 1
+            return found.packed
+        packed = step()
+        if self._device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                recorded = step()
+            self._recorded[key] = _Recorded(graph, recorded)
+        return packed
