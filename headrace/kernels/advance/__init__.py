@@ -16,11 +16,12 @@ __all__ = ["Advanced", "Clocks", "advance"]
 
 
 def advance(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, emit_BE: Tensor) -> Advanced:
-    """Change the tables in place. The CPU runs the compiled form. No host synchronisation.
+    """Change the tables in place. The CPU and a GPU run compiled forms. No host synchronisation.
 
     Args:
         clocks: tables by request index.
-        reqs_B: request indices, int64 [B], each once.
+        reqs_B: request indices, int64 [B], each once. Padding names the ghost, any number of times, with n_kv and
+            n_emit 0: no table of a request changes.
         n_kv_B, n_emit_B: rows and tokens as resolved, int32 [B].
         emit_BE: token ids, int32 [B, E]; entries from n_emit on are not read.
     """
@@ -28,4 +29,8 @@ def advance(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, em
         from headrace.kernels.advance.cpu import advance_cpu  # numba is loaded where it is used
 
         return advance_cpu(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)
+    if reqs_B.device.type == "cuda":
+        from headrace.kernels.advance.gpu import advance_gpu  # Triton is loaded where it is used
+
+        return advance_gpu(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)
     return advance_reference(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)
