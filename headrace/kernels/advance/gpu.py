@@ -77,15 +77,15 @@ def _advance(
     tl.store(out_3B + n_reqs + i, kept)
     tl.store(out_3B + 2 * n_reqs + i, reason)
 
-    is_request = r != ghost
-    tl.store(hist + r * hist_row + known + e_E, token_E, mask=(e_E < kept) & is_request)
-    tl.store(n_tok + r, known + kept, mask=is_request)
-    tl.store(n_done + r, done + rows, mask=is_request)
-    tl.store(finish + r, reason, mask=is_request)
-    g_G = tl.arange(0, BLOCK_G)
-    kv_at = kv_len + g_G * kv_len_row + r
-    has_group = (g_G < n_groups) & is_request
-    tl.store(kv_at, tl.load(kv_at, mask=has_group, other=0) + rows, mask=has_group)
+    if r != ghost:
+        tl.store(hist + r * hist_row + known + e_E, token_E, mask=e_E < kept)
+        tl.store(n_tok + r, known + kept)
+        tl.store(n_done + r, done + rows)
+        tl.store(finish + r, reason)
+        g_G = tl.arange(0, BLOCK_G)
+        kv_at = kv_len + g_G * kv_len_row + r
+        has_group = g_G < n_groups
+        tl.store(kv_at, tl.load(kv_at, mask=has_group, other=0) + rows, mask=has_group)
 
 
 def advance_gpu(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, emit_BE: Tensor) -> Advanced:
