@@ -2,7 +2,8 @@
 
 z <= 0, so the bits of |z|, its `key`, order tokens as z does, turned around: key 0 is the most probable token, and a
 filter keeps the tokens with key < K and the first few, by id, of those with key = K. Top-k and top-p look for K in a
-shrinking interval of keys, each pass over those groups of tokens alone whose largest logit can still matter. Masses are exponentials and sums in float64, in an order that follows from V only.
+shrinking interval of keys, each pass over those groups of tokens alone whose largest logit can still matter. Masses are
+exponentials and sums in float64, in an order that follows from the row only.
 Letters: M output rows, V vocabulary, C chunks of a row, G groups of GROUP tokens.
 """
 
@@ -29,7 +30,7 @@ _LN2_LOW = tl.constexpr(9.05800061e-6)
 
 
 @triton.jit
-def log_f32(x: tl.tensor):
+def log_f32(x):
     """log of normal positive float32, below one unit in the last place (FreeBSD's logf): also right next to 1.
 
     x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2). The hardware's logarithm has an absolute error near 1, and noise
@@ -47,7 +48,7 @@ def log_f32(x: tl.tensor):
 
 
 @triton.jit
-def gumbel_f32(word: tl.tensor):
+def gumbel_f32(word):
     """-log(-log1p(-u)), u = min((word + 0.5) 2^-32, 1 - 2^-24) in float32.
 
     log1p(-u) = log(w) - (u - (1 - w)) / w with w = 1 - u as rounded: exact to the last bits however small u is.
@@ -58,7 +59,7 @@ def gumbel_f32(word: tl.tensor):
 
 
 @triton.jit
-def words_of(block_Q: tl.tensor, t_out: tl.tensor, nth: tl.tensor, purpose: tl.tensor, key: tl.tensor):
+def words_of(block_Q, t_out, nth, purpose, key):
     """Random words of the tokens of blocks of four, [4 Q] in the order of ids."""
     zero_Q = tl.zeros_like(block_Q)
     a, b, c, d = tl.philox(key, zero_Q + t_out, zero_Q + nth, zero_Q + purpose, block_Q)
@@ -66,24 +67,24 @@ def words_of(block_Q: tl.tensor, t_out: tl.tensor, nth: tl.tensor, purpose: tl.t
 
 
 @triton.jit
-def mass_of(z: tl.tensor):
+def mass_of(z):
     return tl.exp(z.to(tl.float64))
 
 
 @triton.jit
-def key_of(z: tl.tensor):
+def key_of(z):
     """Bits of |z|; z is at most 0."""
     return z.to(tl.int32, bitcast=True) & _MAGNITUDE
 
 
 @triton.jit
-def z_of(x: tl.tensor, shift: tl.tensor, temperature: tl.tensor):
+def z_of(x, shift, temperature):
     """(x - shift) / temperature, rounded as torch does it: equal numbers stay equal, and order stays order."""
     return tl.div_rn(x - shift, tl.zeros_like(x) + temperature)
 
 
 @triton.jit
-def best_of(score: tl.tensor, id_: tl.tensor):
+def best_of(score, id_):
     """Best score, and the lowest id that has it."""
     best = tl.max(score, 0)
     return best, tl.min(tl.where(score == best, id_, _NO_ID), 0)
@@ -91,22 +92,22 @@ def best_of(score: tl.tensor, id_: tl.tensor):
 
 @triton.jit
 def scan(
-    logits_MV: tl.tensor,
-    raw_MV: tl.tensor,
-    top_MG: tl.tensor,
-    max_MC: tl.tensor,
-    first_MC: tl.tensor,
-    bad_MC: tl.tensor,
-    raw_max_MC: tl.tensor,
-    raw_sum_MC: tl.tensor,
-    vocab: tl.tensor,
-    n_groups: tl.tensor,
-    logits_row: tl.tensor,
-    raw_row: tl.tensor,
+    logits_MV,
+    raw_MV,
+    top_MG,
+    max_MC,
+    first_MC,
+    bad_MC,
+    raw_max_MC,
+    raw_sum_MC,
+    vocab,
+    n_groups,
+    logits_row,
+    raw_row,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One chunk: group maxima, maximum and its first id, whether it holds NaN or +inf, and the raw sum below its max."""
+    """One chunk: maxima of groups, maximum and its first id, whether NaN or +inf is there, sum of raw exponentials."""
     row, chunk, n_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     i = tl.arange(0, TILE)
     best = tl.full([TILE], float("-inf"), tl.float32)
@@ -146,7 +147,14 @@ def scan(
 
 
 @triton.jit
-def row_maximum(row: tl.tensor, max_MC: tl.tensor, raw_max_MC: tl.tensor, bad_MC: tl.tensor, n_chunks: tl.tensor, BLOCK_C: tl.constexpr):
+def row_maximum(
+    row,
+    max_MC,
+    raw_max_MC,
+    bad_MC,
+    n_chunks,
+    BLOCK_C: tl.constexpr,
+):
     """Maximum of a row and of its raw logits, and whether the row is bad."""
     c = tl.arange(0, BLOCK_C)
     here = c < n_chunks
@@ -157,7 +165,7 @@ def row_maximum(row: tl.tensor, max_MC: tl.tensor, raw_max_MC: tl.tensor, bad_MC
 
 
 @triton.jit
-def bound_of(min_p: tl.tensor):
+def bound_of(min_p):
     """Largest key that min-p and the mask leave."""
     # In logarithms the bound is exact at min_p = 1, where exp would round close runners-up to equals.
     fraction = tl.minimum(tl.maximum(min_p.to(tl.float64), 1e-300), 1.0)
@@ -165,7 +173,7 @@ def bound_of(min_p: tl.tensor):
 
 
 @triton.jit
-def top_k_of(row: tl.tensor, top_k_M: tl.tensor, vocab: tl.tensor):
+def top_k_of(row, top_k_M, vocab):
     """Top-k of a row, 0 where it leaves every token."""
     top_k = tl.load(top_k_M + row)
     return tl.where((top_k > 0) & (top_k < vocab), top_k, 0)
@@ -173,24 +181,24 @@ def top_k_of(row: tl.tensor, top_k_M: tl.tensor, vocab: tl.tensor):
 
 @triton.jit(do_not_specialize=["nth", "purpose"])
 def contest(
-    logits_MV: tl.tensor,
-    temperature_M: tl.tensor,
-    top_k_M: tl.tensor,
-    top_p_M: tl.tensor,
-    min_p_M: tl.tensor,
-    stream_M2: tl.tensor,
-    t_out_M: tl.tensor,
-    nth_M: tl.tensor,
-    nth: tl.tensor,
-    purpose: tl.tensor,
-    max_MC: tl.tensor,
-    raw_max_MC: tl.tensor,
-    bad_MC: tl.tensor,
-    mass_MC: tl.tensor,
-    score_MC: tl.tensor,
-    winner_MC: tl.tensor,
-    vocab: tl.tensor,
-    logits_row: tl.tensor,
+    logits_MV,
+    temperature_M,
+    top_k_M,
+    top_p_M,
+    min_p_M,
+    stream_M2,
+    t_out_M,
+    nth_M,
+    nth,
+    purpose,
+    max_MC,
+    raw_max_MC,
+    bad_MC,
+    mass_MC,
+    score_MC,
+    winner_MC,
+    vocab,
+    logits_row,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -236,7 +244,7 @@ def contest(
 
 
 @triton.jit
-def place_of(row: tl.tensor, stream_M2: tl.tensor, t_out_M: tl.tensor, nth_M: tl.tensor, nth: tl.tensor, HAS_NTH: tl.constexpr):
+def place_of(row, stream_M2, t_out_M, nth_M, nth, HAS_NTH: tl.constexpr):
     """Key of a row's noise, and the words of its counter that differ from row to row."""
     low = tl.load(stream_M2 + 2 * row).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(stream_M2 + 2 * row + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -247,7 +255,7 @@ def place_of(row: tl.tensor, stream_M2: tl.tensor, t_out_M: tl.tensor, nth_M: tl
 
 
 @triton.jit
-def list_groups(list_G: tl.tensor, key_G: tl.tensor, last: tl.tensor):
+def list_groups(list_G, key_G, last):
     """Write the groups that hold a key up to `last`, in rising order; their number.
 
     The barriers: all threads have read the old list before it is overwritten, and see the new one.
@@ -262,7 +270,14 @@ def list_groups(list_G: tl.tensor, key_G: tl.tensor, last: tl.tensor):
 
 @triton.jit
 def load_listed(
-    logits_V: tl.tensor, list_G: tl.tensor, start: tl.tensor, n_listed: tl.tensor, vocab: tl.tensor, shift: tl.tensor, temperature: tl.tensor, TILE: tl.constexpr
+    logits_V,
+    list_G,
+    start,
+    n_listed,
+    vocab,
+    shift,
+    temperature,
+    TILE: tl.constexpr,
 ):
     """Ids and z of the tokens of TILE // GROUP listed groups; z is -inf behind the end."""
     slot = start + tl.arange(0, TILE) // _GROUP
@@ -273,7 +288,7 @@ def load_listed(
 
 
 @triton.jit
-def worth(z: tl.tensor, BY_MASS: tl.constexpr):
+def worth(z, BY_MASS: tl.constexpr):
     if BY_MASS:
         value = mass_of(z)
     else:
@@ -283,14 +298,14 @@ def worth(z: tl.tensor, BY_MASS: tl.constexpr):
 
 @triton.jit
 def cut(
-    logits_V: tl.tensor,
-    list_G: tl.tensor,
-    key_G: tl.tensor,
-    last: tl.tensor,
-    target: tl.tensor,
-    vocab: tl.tensor,
-    shift: tl.tensor,
-    temperature: tl.tensor,
+    logits_V,
+    list_G,
+    key_G,
+    last,
+    target,
+    vocab,
+    shift,
+    temperature,
     BY_MASS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -349,35 +364,35 @@ def cut(
 
 @triton.jit(do_not_specialize=["nth", "purpose"])
 def finish(
-    logits_MV: tl.tensor,
-    raw_MV: tl.tensor,
-    temperature_M: tl.tensor,
-    top_k_M: tl.tensor,
-    top_p_M: tl.tensor,
-    min_p_M: tl.tensor,
-    stream_M2: tl.tensor,
-    t_out_M: tl.tensor,
-    nth_M: tl.tensor,
-    nth: tl.tensor,
-    purpose: tl.tensor,
-    top_MG: tl.tensor,
-    list_MG: tl.tensor,
-    max_MC: tl.tensor,
-    first_MC: tl.tensor,
-    bad_MC: tl.tensor,
-    raw_max_MC: tl.tensor,
-    raw_sum_MC: tl.tensor,
-    mass_MC: tl.tensor,
-    score_MC: tl.tensor,
-    winner_MC: tl.tensor,
-    id_M: tl.tensor,
-    logp_M: tl.tensor,
-    rows: tl.tensor,
-    vocab: tl.tensor,
-    n_groups: tl.tensor,
-    n_chunks: tl.tensor,
-    logits_row: tl.tensor,
-    raw_row: tl.tensor,
+    logits_MV,
+    raw_MV,
+    temperature_M,
+    top_k_M,
+    top_p_M,
+    min_p_M,
+    stream_M2,
+    t_out_M,
+    nth_M,
+    nth,
+    purpose,
+    top_MG,
+    list_MG,
+    max_MC,
+    first_MC,
+    bad_MC,
+    raw_max_MC,
+    raw_sum_MC,
+    mass_MC,
+    score_MC,
+    winner_MC,
+    id_M,
+    logp_M,
+    rows,
+    vocab,
+    n_groups,
+    n_chunks,
+    logits_row,
+    raw_row,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,

@@ -15,7 +15,7 @@ __all__ = ["rms_norm"]
 
 
 def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-    """Normalise every row. The CPU runs the compiled form for float32 and bfloat16, a GPU its own for these and float16.
+    """Normalise every row. The CPU runs the compiled form for float32 and bfloat16, a GPU its own for float16 too.
 
     Everything else runs the reference.
 

@@ -20,16 +20,16 @@ _TILE = 1024
 
 @triton.jit(do_not_specialize=["n_lines", "heads"])
 def _norm(
-    x_RNE: tl.tensor,
-    weight_NE: tl.tensor,
-    y_LE: tl.tensor,
-    n_lines: tl.tensor,
-    heads: tl.tensor,
-    width: tl.tensor,
-    x_row: tl.tensor,
-    x_head: tl.tensor,
-    weight_head: tl.tensor,
-    eps: tl.tensor,
+    x_RNE,
+    weight_NE,
+    y_LE,
+    n_lines,
+    heads,
+    width,
+    x_row,
+    x_head,
+    weight_head,
+    eps,
     LINES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):

@@ -19,14 +19,14 @@ _TILE = 1024
 
 @triton.jit(do_not_specialize=["heads"])
 def _rotate(
-    x_RND: tl.tensor,
-    cos_RD: tl.tensor,
-    sin_RD: tl.tensor,
-    heads: tl.tensor,
-    half: tl.tensor,
-    x_row: tl.tensor,
-    x_head: tl.tensor,
-    x_item: tl.tensor,
+    x_RND,
+    cos_RD,
+    sin_RD,
+    heads,
+    half,
+    x_row,
+    x_head,
+    x_item,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):

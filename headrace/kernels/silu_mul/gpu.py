@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up_R2F: tl.tensor, out_RF: tl.tensor, width: tl.tensor, row_stride: tl.tensor, BLOCK: tl.constexpr):
+def _silu_mul(gate_up_R2F, out_RF, width, row_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i_F < width
