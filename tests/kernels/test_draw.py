@@ -198,10 +198,15 @@ def row_is_close_call(logits_V: Tensor, params: DrawParams, stream_2: Tensor, t_
     return best.shape[0] == 2 and bool(best[0] - best[1] < 1e-5)
 
 
-def compare_forms(case: tuple[Tensor, DrawParams, Tensor, Tensor], raw_MV: Tensor | None, events: Counter[str]) -> None:
+def compare_forms(
+    case: tuple[Tensor, DrawParams, Tensor, Tensor],
+    raw_MV: Tensor | None,
+    events: Counter[str],
+    form: DrawForm = draw_cpu,
+) -> None:
     logits_MV, params, stream_M2, t_out_M = case
     reference = draw_reference(*case, raw_MV=raw_MV)
-    fast = draw_cpu(*case, raw_MV=raw_MV)
+    fast = form(*case, raw_MV=raw_MV)
     bad_M = ~(logits_MV.amax(-1).isfinite() & (logits_MV if raw_MV is None else raw_MV).amax(-1).isfinite())
     for m in range(logits_MV.shape[0]):
         row = slice(m, m + 1)

@@ -17,7 +17,7 @@ __all__ = ["Advanced", "Clocks", "advance"]
 
 
 def advance(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, emit_BE: Tensor) -> Advanced:
-    """Change the tables in place. The CPU runs the compiled form. No host synchronisation.
+    """Change the tables in place. The CPU and a GPU run compiled forms. No host synchronisation.
 
     Args:
         clocks: tables by request index.
@@ -29,4 +29,8 @@ def advance(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor, em
         from headrace.kernels.advance.cpu import advance_cpu  # numba is loaded where it is used
 
         return advance_cpu(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)
+    if reqs_B.device.type == "cuda":
+        from headrace.kernels.advance.gpu import advance_gpu  # Triton is loaded where it is used
+
+        return advance_gpu(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)
     return advance_reference(clocks, reqs_B, n_kv_B, n_emit_B, emit_BE)

@@ -1,21 +1,23 @@
 """Paged attention over rows: one operation for prompt chunks, decode rows, drafts and anything else with a mask.
 
 `write_kv` stores the rows' keys and values, `plan_attention` prepares a step once for all its layers, `attend`
-computes one layer. `reference.py` is the definition; on the CPU `cpu.py` does the work.
+computes one layer. `reference.py` is the definition; on the CPU `cpu.py` does the work, on a GPU `gpu.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from headrace.kernels.attention import cpu, reference
+from headrace.kernels.attention import cpu, gpu, reference
 from headrace.kernels.attention.cpu import CpuPlan
+from headrace.kernels.attention.gpu import GpuPlan
 from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
 from headrace.step import NONE
 
-AttentionPlan = CpuPlan | ReferencePlan
+AttentionPlan = CpuPlan | GpuPlan | ReferencePlan
 
 __all__ = ["NONE", "AttentionPlan", "AttentionRows", "Span", "attend", "plan_attention", "write_kv"]
 
@@ -38,10 +40,12 @@ def plan_attention(
         kv_len_B: int32 [Bmax + 1], committed slots by request index.
         page_size: S, slots in a page.
         lens: by request of the step (first row, number of rows, bound on the slots its rows see), if the host knows
-            them; without it the device is waited for.
+            them; without it the CPU form and the reference wait for the device. A GPU needs it for float64 only.
     """
     if kv_len_B.device.type == "cpu":
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
+    if kv_len_B.device.type == "cuda":
+        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, lens)
     return reference.plan_attention(rows, kv_len_B, lens)
 
 
@@ -64,7 +68,8 @@ def attend(
     """Attention of all rows of a step in one layer.
 
     Args:
-        q_RHD: queries; float32, float64 or bfloat16, the type of the pools. Query head h reads head h // (H // K).
+        q_RHD: queries; float32, float64 or bfloat16, on a GPU float16 too, the type of the pools. Query head h reads
+            head h // (H // K).
         rows: the rows of the step, their own keys and values already written.
         k_pool_KPSD, v_pool_KPSD: the layer's pools; may be a part of a larger tensor along their first dimension.
         page_table_BP, kv_len_B: see `plan_attention`.
@@ -79,11 +84,15 @@ def attend(
     Returns:
         out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
         nothing has out 0 and lse -inf, sink or not. Slots that no row of a request sees may hold NaN.
+
+    Raises:
+        ConfigError: the tensors are on a GPU and Triton cannot be imported.
+        ValueError: types or strides that the form for this device does not know.
     """
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
-    form = cpu.attend if isinstance(plan, CpuPlan) else reference.attend
-    return form(
+    form: Any = {CpuPlan: cpu.attend, GpuPlan: gpu.attend, ReferencePlan: reference.attend}[type(plan)]
+    result: tuple[Tensor, Tensor | None] = form(
         q_RHD,
         rows,
         k_pool_KPSD,
@@ -95,8 +104,9 @@ def attend(
         softcap=softcap,
         sinks_H=sinks_H,
         need_lse=need_lse,
-        plan=plan,  # type: ignore[arg-type]
+        plan=plan,
     )
+    return result
 
 
 def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tensor) -> None:
@@ -104,5 +114,5 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
 
     `place_R` is int64 [R], page * S + offset in [0, P * S); rows that must leave no trace go to page 0.
     """
-    form = cpu.write_kv if k_pool_KPSD.device.type == "cpu" else reference.write_kv
+    form = {"cpu": cpu.write_kv, "cuda": gpu.write_kv}.get(k_pool_KPSD.device.type, reference.write_kv)
     form(k_RKD, v_RKD, k_pool_KPSD, v_pool_KPSD, place_R)

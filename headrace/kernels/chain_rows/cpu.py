@@ -8,15 +8,21 @@ from torch import Tensor
 
 from headrace.kernels.chain_rows.reference import History
 from headrace.kernels.cpu_runtime import njit_serial
-from headrace.step import RowTable
+from headrace.step import NONE, RowTable
 
 
 @njit_serial()
 def _fill(columns: Any, pos_AR: Any, reqs_B: Any, history: Any, entry_R: Any, k_R: Any) -> None:
     tok, req, t, dst, a, b, c, bits = columns
     hist, n_done, pos_off = history
+    ghost = len(n_done) - 1
     for row in range(len(k_R)):
         r, k = reqs_B[entry_R[row]], k_R[row]
+        if r == ghost:
+            req[row], t[row], tok[row], dst[row] = r, 0, 0, 0
+            a[row], b[row], c[row], bits[row] = NONE, 0, 1, -1
+            pos_AR[:, row] = 0
+            continue
         index = n_done[r] + k
         req[row], t[row], tok[row], dst[row] = r, index, hist[r, index], k
         a[row], b[row], c[row], bits[row] = 0, 0, k + 1, -1

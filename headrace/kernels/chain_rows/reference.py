@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headrace.step import RowTable
+from headrace.step import NONE, RowTable
 
 
 class History(NamedTuple):
@@ -24,13 +24,15 @@ class History(NamedTuple):
 def chain_rows_reference(rows: RowTable, history: History, entry_R: Tensor, k_R: Tensor) -> None:
     """See the package."""
     req_R = rows.reqs.long()[entry_R]
-    t_R = history.n_done[req_R] + k_R
+    ghost_R = req_R == history.n_done.shape[0] - 1
+    k_R = k_R.masked_fill(ghost_R, 0)
+    t_R = (history.n_done[req_R] + k_R).masked_fill(ghost_R, 0)
     rows.req.copy_(req_R)
     rows.t.copy_(t_R)
-    rows.tok.copy_(history.hist[req_R, t_R.long()])
-    rows.pos.copy_(t_R + history.pos_off[req_R])
+    rows.tok.copy_(history.hist[req_R, t_R.long()].masked_fill(ghost_R, 0))
+    rows.pos.copy_((t_R + history.pos_off[req_R]).masked_fill(ghost_R, 0))
     rows.dst.copy_(k_R)
-    rows.a.zero_()
+    rows.a.zero_().masked_fill_(ghost_R, NONE)
     rows.b.zero_()
     torch.add(k_R, 1, out=rows.c)
     rows.bits.fill_(-1)

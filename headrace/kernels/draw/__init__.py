@@ -28,7 +28,9 @@ def draw(
     nth: int | Tensor = 0,
     purpose: int = 0,
 ) -> Drawn:
-    """Draw one token a row. float32 on the CPU runs the compiled form, everything else the reference.
+    """Draw one token a row. float32 on the CPU runs the compiled form; on a GPU float32, bfloat16 and float16 do.
+
+    Everything else runs the reference. Nothing waits for the device.
 
     Args:
         logits_MV: [M, V] after bias, penalties and grammar; entries may be -inf.
@@ -43,6 +45,7 @@ def draw(
         Ids and log-probs. A row that holds NaN, +inf or nothing finite, here or in `raw_MV`, has id -1.
 
     Raises:
+        ConfigError: the tensors are on a GPU and Triton cannot be imported.
         ValueError: shapes do not fit together.
     """
     _check(logits_MV, params, stream_M2, t_out_M, raw_MV)
@@ -50,6 +53,11 @@ def draw(
         from headrace.kernels.draw.cpu import draw_cpu  # numba is loaded where it is used
 
         return draw_cpu(logits_MV, params, stream_M2, t_out_M, raw_MV=raw_MV, nth=nth, purpose=purpose)
+    if logits_MV.device.type == "cuda":
+        from headrace.kernels.draw import gpu  # Triton is loaded where it is used
+
+        if logits_MV.dtype in gpu.TYPES:
+            return gpu.draw_gpu(logits_MV, params, stream_M2, t_out_M, raw_MV=raw_MV, nth=nth, purpose=purpose)
     return draw_reference(logits_MV, params, stream_M2, t_out_M, raw_MV=raw_MV, nth=nth, purpose=purpose)
 
 

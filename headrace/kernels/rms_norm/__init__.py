@@ -15,7 +15,9 @@ __all__ = ["rms_norm"]
 
 
 def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-    """Normalise every row. float32 and bfloat16 on the CPU run the compiled form, everything else the reference.
+    """Normalise every row. The CPU runs the compiled form for float32 and bfloat16, a GPU its own for float16 too.
+
+    Everything else runs the reference.
 
     Args:
         x_RE: [..., E], any strides; left as it is.
@@ -26,6 +28,7 @@ def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         A new contiguous tensor of the shape of x.
 
     Raises:
+        ConfigError: the tensors are on a GPU and Triton cannot be imported.
         ValueError: the weight's shape is not that of the last one or two axes of x.
     """
     axes = weight_E.dim()
@@ -35,4 +38,9 @@ def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         )
     if x_RE.is_cpu and x_RE.dtype in TYPES and weight_E.dtype is x_RE.dtype:
         return rms_norm_cpu(x_RE, weight_E, eps)
+    if x_RE.is_cuda:
+        from headrace.kernels.rms_norm import gpu  # Triton is loaded where it is used
+
+        if x_RE.dtype in gpu.TYPES and weight_E.dtype is x_RE.dtype:
+            return gpu.rms_norm_gpu(x_RE, weight_E, eps)
     return rms_norm_reference(x_RE, weight_E, eps)

@@ -14,7 +14,8 @@ __all__ = ["rotate_"]
 
 
 def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
-    """Turn all heads of each row in place. float32 and bfloat16 on the CPU run the compiled form.
+    """Turn all heads of each row in place. The CPU runs the compiled form for float32 and bfloat16, a GPU its own for
+    these and float16; everything else runs the reference.
 
     Args:
         x_RND: [R, N, D], D even; may be a view of a wider tensor.
@@ -22,6 +23,7 @@ def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
         sin_R1D: [R, 1, D], sines of the row's angles, twice, the first time negative.
 
     Raises:
+        ConfigError: the tensors are on a GPU and Triton cannot be imported.
         ValueError: shapes do not fit together.
     """
     shape = (x_RND.shape[0], 1, x_RND.shape[-1])
@@ -33,5 +35,11 @@ def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
     dtype = x_RND.dtype
     if x_RND.is_cpu and dtype in TYPES and cos_R1D.dtype is dtype and sin_R1D.dtype is dtype and x_RND.stride(2) == 1:
         rotate_cpu_(x_RND, cos_R1D, sin_R1D)
-    else:
-        rotate_reference_(x_RND, cos_R1D, sin_R1D)
+        return
+    if x_RND.is_cuda:
+        from headrace.kernels.rotary import gpu  # Triton is loaded where it is used
+
+        if dtype in gpu.TYPES and cos_R1D.dtype is dtype and sin_R1D.dtype is dtype:
+            gpu.rotate_gpu_(x_RND, cos_R1D, sin_R1D)
+            return
+    rotate_reference_(x_RND, cos_R1D, sin_R1D)

@@ -1,0 +1,287 @@
+"""Paged attention over rows on a GPU: what `reference.py` defines, by the Triton kernels of `gpu_kernel.py`.
+
+Nothing here waits for the device or asks the host for a length: launches depend on shapes alone, so a step can be
+captured in a graph. float64 runs the reference, which does wait. Letters: see `reference.py`; also T tiles, N splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.attention import reference
+from headrace.kernels.attention.reference import AttentionRows, ReferencePlan
+from headrace.kernels.gpu_sizes import next_power, processors
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types that the kernels know."""
+PROGRAMS_A_PROCESSOR = 4
+"""Programs to have ready for each multiprocessor before slots are no longer split."""
+MIN_SPLIT_SLOTS = 128
+"""Slots of the longest possible context that a split is made for."""
+BLOCK_BYTES = 2**14
+"""Bytes of keys in a block of slots."""
+_SMALLEST_DOT = 16
+
+
+class Shape(NamedTuple):
+    """How a step is cut for heads of one kind."""
+
+    tile_rows: int
+    block_m: int
+    """Lines of a tile: its rows times the query heads of a key/value head, padded."""
+    block_n: int
+    """Slots of a block."""
+    n_tiles: int
+    n_splits: int
+    n_warps: int
+    n_stages: int
+
+
+class GpuPlan:
+    """What all layers of a step share: the tables of the step, and lists of tiles, made when first asked for."""
+
+    def __init__(
+        self,
+        rows: AttentionRows,
+        page_table_BP: Tensor,
+        kv_len_B: Tensor,
+        page_size: int,
+        lens: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
+        reference.check_bits(rows)
+        self.rows, self.kv_len_B, self._lens = rows, kv_len_B, lens
+        self.max_slots = page_table_BP.shape[1] * page_size
+        self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
+        self._tiles: dict[tuple[int, int, int], Tensor] = {}
+        self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._reference: ReferencePlan | None = None
+
+    def shape(self, group: int, kv_heads: int, largest: int, itemsize: int) -> Shape:
+        """The cut for `group` query heads a key/value head, the larger head size `largest`; follows from shapes only."""
+        rows_a_request = -(-self.n_rows // max(self.n_reqs, 1))
+        most_lines = 64 if itemsize == 2 and largest <= 256 else _SMALLEST_DOT
+        block_m = max(min(next_power(rows_a_request * group), most_lines), next_power(group), _SMALLEST_DOT)
+        tile_rows = block_m // group
+        width = max(next_power(largest), _SMALLEST_DOT)
+        block_n = max(min(BLOCK_BYTES // (width * itemsize), 64), _SMALLEST_DOT)
+        n_tiles = self.n_rows // tile_rows + self.n_reqs + 1
+        busy = max(-(-self.n_rows // tile_rows), min(self.n_reqs, self.n_rows), 1) * kv_heads
+        wanted = processors(self.kv_len_B.device) * PROGRAMS_A_PROCESSOR // busy
+        n_splits = max(1, min(wanted, self.max_slots // max(MIN_SPLIT_SLOTS, block_n)))
+        n_splits = next_power(n_splits + 1) // 2
+        block_bytes = block_n * width * itemsize
+        return Shape(
+            tile_rows, block_m, block_n, n_tiles, n_splits, 4, 3 if block_bytes <= BLOCK_BYTES else 2
+        )  # fmt: skip
+
+    def tiles(self, shape: Shape, window: int) -> Tensor:
+        """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
+        key = (shape.tile_rows, shape.block_n, window)
+        if key not in self._tiles:
+            from headrace.kernels.attention.gpu_kernel import TILE_FIELDS, list_tiles
+
+            rows = self.rows
+            tiles_T8 = torch.empty((shape.n_tiles, TILE_FIELDS), dtype=torch.int32, device=self.kv_len_B.device)
+            list_tiles[(shape.n_tiles,)](
+                tiles_T8,
+                rows.row_ptr_B1,
+                rows.reqs_B,
+                rows.req_R,
+                rows.t_R,
+                rows.a_R,
+                rows.b_R,
+                rows.c_R,
+                rows.req_R if rows.bits_R is None else rows.bits_R,
+                self.kv_len_B,
+                self.n_rows,
+                self.n_reqs,
+                self.max_slots,
+                window,
+                TILE_ROWS=shape.tile_rows,
+                BLOCK_ROWS=next_power(shape.tile_rows),
+                BLOCK_REQS=max(next_power(self.n_reqs + 1), 32),
+                BLOCK_N=shape.block_n,
+                HAS_BITS=rows.bits_R is not None,
+                num_warps=1,
+            )
+            self._tiles[key] = tiles_T8
+        return self._tiles[key]
+
+    def parts(self, heads: int, v_size: int, n_splits: int) -> tuple[Tensor, Tensor]:
+        """Room for the results of splits, float32 [R, H, N, Dv] and [R, H, N]; layers use it one after the other."""
+        key = (heads, v_size, n_splits)
+        if key not in self._parts:
+            lse_RHN = torch.empty((self.n_rows, heads, n_splits), device=self.kv_len_B.device)
+            self._parts[key] = (lse_RHN.new_empty((*lse_RHN.shape, v_size)), lse_RHN)
+        return self._parts[key]
+
+    def reference(self) -> ReferencePlan:
+        """The plan of the reference. Waits for the device if the host's lengths were not given."""
+        if self._reference is None:
+            self._reference = reference.plan_attention(self.rows, self.kv_len_B, self._lens)
+        return self._reference
+
+
+def attend(
+    q_RHD: Tensor,
+    rows: AttentionRows,
+    k_pool_KPSD: Tensor,
+    v_pool_KPSD: Tensor,
+    page_table_BP: Tensor,
+    kv_len_B: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks_H: Tensor | None = None,
+    need_lse: bool = False,
+    plan: GpuPlan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of all rows of a step; see the package for arguments and results."""
+    kv_heads, _, page_size, size = k_pool_KPSD.shape
+    v_size, dtype = v_pool_KPSD.shape[3], q_RHD.dtype
+    plan = plan or GpuPlan(rows, page_table_BP, kv_len_B, page_size)
+    if k_pool_KPSD.dtype != dtype or v_pool_KPSD.dtype != dtype or dtype not in (*TYPES, torch.float64):
+        raise ValueError(
+            f"queries are {dtype}, pools {k_pool_KPSD.dtype} and {v_pool_KPSD.dtype}: attention on a GPU takes one "
+            f"type for all, of {', '.join(map(str, (*TYPES, torch.float64)))}"
+        )
+    if dtype == torch.float64:
+        return reference.attend(
+            q_RHD,
+            rows,
+            k_pool_KPSD,
+            v_pool_KPSD,
+            page_table_BP,
+            kv_len_B,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks_H=sinks_H,
+            need_lse=need_lse,
+            plan=plan.reference(),
+        )
+    from headrace.kernels.attention.gpu_kernel import attend_tiles, merge_splits
+
+    if q_RHD.stride(2) != 1:
+        q_RHD = q_RHD.contiguous()
+    n_rows, heads, _ = q_RHD.shape
+    out_RHD = q_RHD.new_empty((n_rows, heads, v_size))
+    lse_RH = q_RHD.new_empty((n_rows, heads), dtype=torch.float32) if need_lse else None
+    if not n_rows:
+        return out_RHD, lse_RH
+    group = heads // kv_heads
+    shape = plan.shape(group, kv_heads, max(size, v_size), dtype.itemsize)
+    is_split = shape.n_splits > 1
+    part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
+    log2_e = 1.4426950408889634
+    attend_tiles[(shape.n_tiles, kv_heads, shape.n_splits)](
+        out_RHD,
+        out_RHD if lse_RH is None else lse_RH,
+        part_out_RHND,
+        part_lse_RHN,
+        q_RHD,
+        k_pool_KPSD,
+        v_pool_KPSD,
+        page_table_BP,
+        plan.tiles(shape, window),
+        rows.req_R,
+        rows.t_R,
+        rows.a_R,
+        rows.b_R,
+        rows.c_R,
+        rows.req_R if rows.bits_R is None else rows.bits_R,
+        rows.req_R if rows.words_W is None else rows.words_W,
+        out_RHD if sinks_H is None else sinks_H,
+        0 if rows.words_W is None else rows.words_W.shape[0],
+        scale / softcap if softcap > 0 else scale * log2_e,
+        softcap * log2_e,
+        window,
+        q_RHD.stride(0),
+        q_RHD.stride(1),
+        _head_stride(k_pool_KPSD),
+        _head_stride(v_pool_KPSD),
+        page_table_BP.stride(0),
+        plan.max_slots,
+        shape.n_splits,
+        heads,
+        GROUP=group,
+        TILE_ROWS=shape.tile_rows,
+        BLOCK_M=shape.block_m,
+        BLOCK_N=shape.block_n,
+        S=page_size,
+        D=size,
+        DV=v_size,
+        BLOCK_D=max(next_power(size), _SMALLEST_DOT),
+        BLOCK_DV=max(next_power(v_size), _SMALLEST_DOT),
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_SINKS=sinks_H is not None,
+        HAS_BITS=rows.bits_R is not None,
+        HAS_LSE=need_lse,
+        IS_SPLIT=is_split,
+        num_warps=shape.n_warps,
+        num_stages=shape.n_stages,
+    )
+    if is_split:
+        merge_splits[(n_rows * heads,)](
+            out_RHD,
+            out_RHD if lse_RH is None else lse_RH,
+            part_out_RHND,
+            part_lse_RHN,
+            out_RHD if sinks_H is None else sinks_H,
+            heads,
+            shape.n_splits,
+            BLOCK_SPLITS=next_power(shape.n_splits),
+            DV=v_size,
+            BLOCK_DV=next_power(v_size),
+            HAS_SINKS=sinks_H is not None,
+            HAS_LSE=need_lse,
+            num_warps=4,
+        )
+    return out_RHD, lse_RH
+
+
+def _head_stride(pool_KPSD: Tensor) -> int:
+    """Elements from one head to the next of a pool whose heads are contiguous."""
+    slots, size = pool_KPSD.shape[2:]
+    if pool_KPSD.stride()[1:] != (slots * size, size, 1) and not pool_KPSD[0].is_contiguous():
+        raise ValueError(f"pool strides are {pool_KPSD.stride()}: all but the first must be those of [P, S, D]")
+    return pool_KPSD.stride(0)
+
+
+def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tensor) -> None:
+    """Store the rows' keys and values at physical slots `place_R`, int64, in one launch. Any floating types."""
+    from headrace.kernels.attention.gpu_kernel import write_rows
+
+    k_RKD, v_RKD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_RKD, v_RKD))
+    n_rows, kv_heads, size = k_RKD.shape
+    v_size = v_RKD.shape[2]
+    if not n_rows:
+        return
+    block_d, block_dv = next_power(size), next_power(v_size)
+    block_k = min(next_power(kv_heads), max(1, 4096 // max(block_d, block_dv)))
+    write_rows[(n_rows, -(-kv_heads // block_k))](
+        k_RKD,
+        v_RKD,
+        k_pool_KPSD,
+        v_pool_KPSD,
+        place_R.contiguous(),
+        k_RKD.stride(0),
+        k_RKD.stride(1),
+        v_RKD.stride(0),
+        v_RKD.stride(1),
+        _head_stride(k_pool_KPSD),
+        _head_stride(v_pool_KPSD),
+        KV_HEADS=kv_heads,
+        D=size,
+        DV=v_size,
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        num_warps=4,
+    )

@@ -1,0 +1,29 @@
+"""The kernels of GPUs compile, GPU or not: what the interpreter forgives, the compiler refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
+
+
+def test_all_kernels_compile(tmp_path: Path) -> None:
+    """In a process of its own: this one may have imported Triton for its interpreter."""
+    pytest.importorskip("triton", reason="the kernels of GPUs are written in Triton")
+    # An empty cache: a kernel from it would not have been compiled.
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_gpu_forms.py"))],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(done.stdout.split()) == NAMES
