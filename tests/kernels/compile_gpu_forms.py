@@ -16,6 +16,8 @@ from triton.runtime.jit import JITFunction
 
 from headrace.kernels.advance import Clocks
 from headrace.kernels.advance.gpu import advance_gpu
+from headrace.kernels.attention import AttentionRows
+from headrace.kernels.attention import gpu as attention
 from headrace.kernels.chain_rows import History
 from headrace.kernels.chain_rows.gpu import chain_rows_gpu
 from headrace.kernels.draw import DrawParams
@@ -87,6 +89,20 @@ def launch_all() -> None:
         rows_of_step = RowTable.allocate(n, n, n, n, torch.device("cpu"))
         history = History(ints(n + 1, n), ints(n + 1), ints(n + 1))
         chain_rows_gpu(rows_of_step, history, torch.zeros(n, dtype=torch.int64), ints(n))
+
+    for dtype, bits, splits in ((torch.bfloat16, None, 1), (torch.float32, ints(3), 64)):
+        launch_attention(dtype, bits, splits)
+
+
+def launch_attention(dtype: torch.dtype, bits_R: torch.Tensor | None, programs: int) -> None:
+    attention.PROGRAMS_A_PROCESSOR = programs
+    rows = AttentionRows(*(ints(3) for _ in range(5)), ints(3), ints(2), bits_R, bits_R)
+    pool = torch.zeros(2, 9, 16, 64, dtype=dtype)
+    plain: dict[str, Any] = {"scale": 0.1}
+    wide = {"window": 9, "softcap": 5.0, "sinks_H": torch.zeros(4), "need_lse": True}
+    for options in (plain, plain | wide):
+        attention.attend(torch.zeros(3, 4, 64, dtype=dtype), rows, pool, pool, ints(5, 60), ints(5), **options)
+    attention.write_kv(torch.zeros(3, 2, 64, dtype=dtype), torch.zeros(3, 2, 64), pool, pool, ints(3).long())
 
 
 if __name__ == "__main__":

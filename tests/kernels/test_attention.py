@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.kernels.attention import NONE, AttentionRows, attend, cpu, plan_attention, reference, write_kv
+from headrace.kernels.attention import NONE, AttentionRows, attend, by_rows, cpu, plan_attention, reference, write_kv
 from headrace.kernels.attention import benchmark as attention_benchmark
 from headrace.kernels.attention.cpu_kernel import CHUNK_SLOTS
 
@@ -396,6 +396,21 @@ def test_reference_takes_rows_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = case.run(reference.attend)
     monkeypatch.setattr(reference, "MAX_SCORES", 1000)
     compare(case, case.run(reference.attend), expected, 1e-14)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("taken", [2**25, 500])
+def test_by_rows_is_the_reference(events: Counter[str], taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_rows, "MAX_ELEMENTS", taken)
+    expect_events(events, *MASKS.split(","))
+
+    @settings(PROFILE, max_examples=100)
+    @given(case=cases(masks=True))
+    def check(case: Case) -> None:
+        compare(case, case.run(by_rows.attend), case.run(reference.attend), TOLERANCE[case.q_RHD.dtype])
+        count_events(events, case, 0)
+
+    check()
 
 
 # --- the CPU form ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
+NAMES |= {"list_tiles", "attend_tiles", "merge_splits", "write_rows"}
 
 
 def test_all_kernels_compile(tmp_path: Path) -> None:

@@ -40,12 +40,12 @@ def plan_attention(
         kv_len_B: int32 [Bmax + 1], committed slots by request index.
         page_size: S, slots in a page.
         lens: by request of the step (first row, number of rows, bound on the slots its rows see), if the host knows
-            them; without it the CPU form and the reference wait for the device. A GPU needs it for float64 only.
+            them; the CPU form and the reference wait for the device without it. A GPU has no use for it.
     """
     if kv_len_B.device.type == "cpu":
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
     if kv_len_B.device.type == "cuda":
-        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, lens)
+        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size)
     return reference.plan_attention(rows, kv_len_B, lens)
 
 

@@ -1,19 +1,18 @@
 """Paged attention over rows on a GPU: what `reference.py` defines, by the Triton kernels of `gpu_kernel.py`.
 
 Nothing here waits for the device or asks the host for a length: launches depend on shapes alone, so a step can be
-captured in a graph. float64 runs the reference, which does wait. Letters: see `reference.py`; also T tiles, N splits.
+captured in a graph. float64 runs `by_rows.py`. Letters: see `reference.py`; also T tiles, N splits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention import reference
-from headrace.kernels.attention.reference import AttentionRows, ReferencePlan
+from headrace.kernels.attention import by_rows, reference
+from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.gpu_sizes import next_power, processors
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,18 +49,16 @@ class GpuPlan:
         page_table_BP: Tensor,
         kv_len_B: Tensor,
         page_size: int,
-        lens: Sequence[tuple[int, int, int]] | None = None,
     ) -> None:
         reference.check_bits(rows)
-        self.rows, self.kv_len_B, self._lens = rows, kv_len_B, lens
+        self.rows, self.kv_len_B = rows, kv_len_B
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-        self._reference: ReferencePlan | None = None
 
     def shape(self, group: int, kv_heads: int, largest: int, itemsize: int) -> Shape:
-        """The cut for `group` query heads a key/value head, the larger head size `largest`; follows from shapes only."""
+        """The cut for `group` query heads a key/value head, `largest` the larger head size; depends on shapes alone."""
         rows_a_request = -(-self.n_rows // max(self.n_reqs, 1))
         most_lines = 64 if itemsize == 2 and largest <= 256 else _SMALLEST_DOT
         block_m = max(min(next_power(rows_a_request * group), most_lines), next_power(group), _SMALLEST_DOT)
@@ -74,9 +71,8 @@ class GpuPlan:
         n_splits = max(1, min(wanted, self.max_slots // max(MIN_SPLIT_SLOTS, block_n)))
         n_splits = next_power(n_splits + 1) // 2
         block_bytes = block_n * width * itemsize
-        return Shape(
-            tile_rows, block_m, block_n, n_tiles, n_splits, 4, 3 if block_bytes <= BLOCK_BYTES else 2
-        )  # fmt: skip
+        n_stages = 3 if block_bytes <= BLOCK_BYTES else 2
+        return Shape(tile_rows, block_m, block_n, n_tiles, n_splits, 4, n_stages)
 
     def tiles(self, shape: Shape, window: int) -> Tensor:
         """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
@@ -119,12 +115,6 @@ class GpuPlan:
             self._parts[key] = (lse_RHN.new_empty((*lse_RHN.shape, v_size)), lse_RHN)
         return self._parts[key]
 
-    def reference(self) -> ReferencePlan:
-        """The plan of the reference. Waits for the device if the host's lengths were not given."""
-        if self._reference is None:
-            self._reference = reference.plan_attention(self.rows, self.kv_len_B, self._lens)
-        return self._reference
-
 
 def attend(
     q_RHD: Tensor,
@@ -151,7 +141,7 @@ def attend(
             f"type for all, of {', '.join(map(str, (*TYPES, torch.float64)))}"
         )
     if dtype == torch.float64:
-        return reference.attend(
+        return by_rows.attend(
             q_RHD,
             rows,
             k_pool_KPSD,
@@ -163,7 +153,6 @@ def attend(
             softcap=softcap,
             sinks_H=sinks_H,
             need_lse=need_lse,
-            plan=plan.reference(),
         )
     from headrace.kernels.attention.gpu_kernel import attend_tiles, merge_splits
 

@@ -1,17 +1,15 @@
-"""The Triton kernels of paged attention over rows: lists of tiles, one pass of softmax over a split, the merge of splits.
+"""The Triton kernels of paged attention over rows: lists of tiles, a pass of softmax over a split, the merge of splits.
 
 A tile is up to TILE_ROWS neighbouring rows of one request; all query heads of a key/value head's group in these rows
 are the BLOCK_M lines of one matrix product (GQA, arXiv 2305.13245). The slots of a request are cut at absolute
-multiples of BLOCK_N into blocks; split j of N visits blocks j, j + N, j + 2N, ... in rising order with a running softmax
-(FlashAttention, arXiv 2205.14135), and the splits are merged by their log-sum-exp (Flash-Decoding). So no length has to
-be known outside the device: the grid follows from shapes, and programs without work return at once.
+multiples of BLOCK_N into blocks; split j of N visits blocks j, j + N, j + 2N, ... in rising order with a running
+softmax (FlashAttention, arXiv 2205.14135), and the splits are merged by their log-sum-exp (Flash-Decoding). So no
+length has to be known outside the device: the grid follows from shapes, and programs without work return at once.
 
 Exponents are to base 2: scores carry the factor log2(e).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from headrace.kernels.gpu_runtime import tl, triton
 
@@ -22,20 +20,20 @@ all its live rows see whole, end."""
 
 @triton.jit
 def list_tiles(
-    tiles_T8: Any,
-    row_ptr_B1: Any,
-    reqs_B: Any,
-    req_R: Any,
-    t_R: Any,
-    a_R: Any,
-    b_R: Any,
-    c_R: Any,
-    bits_R: Any,
-    kv_len_B: Any,
-    n_rows: Any,
-    n_reqs: Any,
-    max_slots: Any,
-    window: Any,
+    tiles_T8,
+    row_ptr_B1,
+    reqs_B,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    bits_R,
+    kv_len_B,
+    n_rows,
+    n_reqs,
+    max_slots,
+    window,
     TILE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_REQS: tl.constexpr,
@@ -99,7 +97,7 @@ def list_tiles(
 
 
 @triton.jit
-def _first_of(begin: Any, split: Any, n_splits: Any):
+def _first_of(begin, split, n_splits):
     """The first block from `begin` on that belongs to a split."""
     return begin + (split + n_splits - begin % n_splits) % n_splits
 
@@ -121,6 +119,7 @@ def _visit(
     bits,
     words,
     n_words,
+    max_slots,
     scale,
     softcap,
     S: tl.constexpr,
@@ -151,7 +150,8 @@ def _visit(
         seen = (second | (s[None, :] < firsts[:, None])) & (s[None, :] >= lows[:, None])
         # What no line sees may be NaN, and 0 * NaN is NaN.
         used = tl.max(seen.to(tl.int32), 0) > 0
-        page = tl.load(pages + s // S, mask=used, other=0)
+        # Not masked by `used`: Triton 3.6 gives up on a one-dimensional load that is masked by a reduction.
+        page = tl.load(pages + s // S, mask=s < max_slots, other=0)
         place = page.to(tl.int64) * S + s % S
         k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
         v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
@@ -184,35 +184,35 @@ def _visit(
 
 @triton.jit
 def attend_tiles(
-    out_RHD: Any,
-    lse_RH: Any,
-    part_out_RHND: Any,
-    part_lse_RHN: Any,
-    q_RHD: Any,
-    k_pool_KPSD: Any,
-    v_pool_KPSD: Any,
-    page_table_BP: Any,
-    tiles_T8: Any,
-    req_R: Any,
-    t_R: Any,
-    a_R: Any,
-    b_R: Any,
-    c_R: Any,
-    bits_R: Any,
-    words_W: Any,
-    sinks_H: Any,
-    n_words: Any,
-    scale: Any,
-    softcap: Any,
-    window: Any,
-    q_row: Any,
-    q_head: Any,
-    k_head: Any,
-    v_head: Any,
-    table_row: Any,
-    max_slots: Any,
-    n_splits: Any,
-    heads: Any,
+    out_RHD,
+    lse_RH,
+    part_out_RHND,
+    part_lse_RHN,
+    q_RHD,
+    k_pool_KPSD,
+    v_pool_KPSD,
+    page_table_BP,
+    tiles_T8,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    bits_R,
+    words_W,
+    sinks_H,
+    n_words,
+    scale,
+    softcap,
+    window,
+    q_row,
+    q_head,
+    k_head,
+    v_head,
+    table_row,
+    max_slots,
+    n_splits,
+    heads,
     GROUP: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -278,17 +278,17 @@ def attend_tiles(
             for block in range(_first_of(begin, split, n_splits), whole_begin, n_splits):
                 acc, top, mass = _visit(
                     acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                    scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                    max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
                 )  # fmt: skip
         for block in range(_first_of(whole_begin, split, n_splits), whole_end, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, False,
+                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, False,
             )  # fmt: skip
         for block in range(_first_of(whole_end, split, n_splits), stop, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
             )  # fmt: skip
 
     # Whole blocks were computed for padding rows too.
@@ -329,13 +329,13 @@ def attend_tiles(
 
 @triton.jit
 def merge_splits(
-    out_RHD: Any,
-    lse_RH: Any,
-    part_out_RHND: Any,
-    part_lse_RHN: Any,
-    sinks_H: Any,
-    heads: Any,
-    n_splits: Any,
+    out_RHD,
+    lse_RH,
+    part_out_RHND,
+    part_lse_RHN,
+    sinks_H,
+    heads,
+    n_splits,
     BLOCK_SPLITS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -370,17 +370,17 @@ def merge_splits(
 
 @triton.jit
 def write_rows(
-    k_RKD: Any,
-    v_RKD: Any,
-    k_pool_KPSD: Any,
-    v_pool_KPSD: Any,
-    place_R: Any,
-    k_row: Any,
-    k_head: Any,
-    v_row: Any,
-    v_head: Any,
-    k_pool_head: Any,
-    v_pool_head: Any,
+    k_RKD,
+    v_RKD,
+    k_pool_KPSD,
+    v_pool_KPSD,
+    place_R,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    k_pool_head,
+    v_pool_head,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
