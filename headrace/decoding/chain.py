@@ -55,10 +55,6 @@ class ChainDecoder(Decoder):
         """The last pending row and the drafts; of a chunk as many rows, whose draws are not read."""
         return min(rows, self.most + 1)
 
-    def captures(self, prompts: bool) -> bool:
-        """Steps of drafts, whose draws are as many as their rows."""
-        return not prompts
-
     def plan(self, seg: Segment) -> None:
         """Pending tokens, then drafts."""
         plan_known(seg)

@@ -65,6 +65,10 @@ class DraftModel(ChainDecoder):
         """A prefix hit brings the draft model's cache too."""
         self._written_B[request.index] = 0
 
+    def captures(self, prompts: bool) -> bool:
+        """Steps of drafts: all counts of rows are known before."""
+        return not prompts
+
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
         """Catch up with the known tokens, then K passes of one row a request."""
         table, reqs_B = seg.table, seg.reqs_B

@@ -23,6 +23,10 @@ SHORTEST = 1
 class NGram(ChainDecoder):
     """The latest earlier place where the longest suffix of up to three tokens stands."""
 
+    def captures(self, prompts: bool) -> bool:
+        """Steps of drafts, whose draws are as many as their rows."""
+        return not prompts
+
     def propose(self, seg: Segment, room_B: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens behind the match, as far as they are known. Letters: T tokens of the history."""
         reqs_B = seg.reqs_B

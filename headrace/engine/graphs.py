@@ -2,13 +2,14 @@
 
 A step is padded with ghosts up to the next bucket, so that few shapes cover all steps; what changes from step to step
 is data in buffers at fixed addresses. The first step of a shape runs as it is, which also loads and tunes its kernels,
-and is then recorded; the following ones are replayed. On the CPU nothing is recorded: there padding alone is tested.
+and is then recorded; the following ones are replayed. The CPU records nothing, but replays as strictly: it calls the
+first step again, with whatever of the host that step has kept, so that tests find what a recording would freeze.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,18 +68,13 @@ class Sheet:
         self._buffer.copy_(staged, non_blocking=True)
 
 
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    packed: Tensor
-
-
 class StepGraphs:
     """Recorded steps by key."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sheets: dict[Hashable, Sheet] = {}
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._recorded: dict[Hashable, Callable[[], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.replays = 0
 
@@ -96,15 +92,34 @@ class StepGraphs:
 
     def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
         """What `step` returns: by a replay if the key was met before. Read it before the next run of the key."""
-        found = self._recorded.get(key)
-        if found is not None:
-            found.graph.replay()
+        if key in self._recorded:
             self.replays += 1
-            return found.packed
+            return self._recorded[key]()
         packed = step()
-        if self._device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                recorded = step()
-            self._recorded[key] = _Recorded(graph, recorded)
+        self._recorded[key] = step if self._device.type == "cpu" else self._record(step)
         return packed
+
+    def _record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        # What the collector frees while a graph is recorded could break it, and to collect before takes long.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    packed = step()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return packed
+
+        return replay

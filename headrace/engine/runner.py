@@ -266,14 +266,16 @@ class Runner:
         outputs = [decoder.n_outputs(n) for n in grants]
         prompts = [*(g.pending > 1 for g in granted), *(False for _ in ghosts)]
         rows = self.rows.first(sum(grants), len(grants))
-        seg = Segment(self.table, rows, grants, outputs, prompts, len(ghosts))
+        sizes = (grants, outputs, prompts, len(ghosts))
         key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts)
         reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
-        arrays = seg.arrays()
+        arrays = Segment(self.table, rows, *sizes).arrays()
         sheet = self.graphs.sheet(key, [*_borders(reqs, grants), *arrays.values()])
-        seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
 
         def step() -> Tensor:
+            # Made here: a segment keeps tensors, and those of the first run are none of the recording's.
+            seg = Segment(self.table, rows, *sizes)
+            seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
             rows.reqs.copy_(sheet.views[0])
             rows.row_ptr.copy_(sheet.views[1])
             return _pack(self._run(granted, rows, [(decoder, seg)], None, (), []).read)

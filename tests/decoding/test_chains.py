@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import CONFIG, VOCAB, alone_of, examples, make_engine, run_all, tiny_model
+from tiny import CONFIG, VOCAB, alone_of, examples, make_engine, pad, run_all, tiny_model
 
 from headrace.errors import ConfigError, RequestError
 from headrace.params import SamplingParams
@@ -97,6 +97,31 @@ def test_tokens_equal_plain_decoding(name: str, draft_tokens: int, drafter: str)
             run_all(engine)
             expect_plain(requests)
             engine.check_idle()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_padded_and_replayed_steps_bring_the_same_tokens(name: str, drafter: str, events: Counter[str]) -> None:
+    """A replay keeps what its first step knew of the host: decoders that say they can be captured must not care."""
+    for draw in range(3):
+        params = SamplingParams(temperature=0.4 * draw, seed=draw, max_tokens=30)
+        prompts = [*PROMPTS, REPEATING]
+        for prompt in prompts:
+            learn(prompt, params)
+        engine = make_engine(decoder=name, draft_tokens=3, draft_model=drafter, async_scheduling=bool(draw))
+        pad(engine)
+        requests = []
+        for i, prompt in enumerate(prompts):  # batches of all sizes, coming and going
+            requests += engine.add(prompt, params, request_id=str(i))
+            engine.step()
+        run_all(engine)
+        expect_plain(requests)
+        engine.check_idle()
+        assert engine.runner.graphs is not None
+        if engine.decoders[name].captures(prompts=False):
+            events["replays"] += engine.runner.graphs.replays
+            assert engine.runner.graphs.replays > 0
+        else:
+            events["runs of decoders that are not captured"] += 1
 
 
 def test_a_right_drafter_needs_few_steps_and_a_wrong_one_costs_none() -> None:
