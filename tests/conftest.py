@@ -42,6 +42,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Where a GPU is required, a GPU test that skips has failed: it would hide that nothing was tested."""
     outcome = yield
     report = outcome.get_result()
+    # Plain numbers, so that reports can travel between processes.
+    plain = [(name, dict(value)) if name == _PROPERTY else (name, value) for name, value in report.user_properties]
+    report.user_properties = plain
     if report.skipped and item.get_closest_marker("gpu") and os.environ.get("HEADRACE_REQUIRE_GPU") == "1":
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped although a GPU is required: {report.longrepr}"
