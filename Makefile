@@ -20,7 +20,7 @@ DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
 # The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding
+SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding tests/eviction tests/state
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"
 
