@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +13,7 @@ import tenants
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from tiny import CONFIG, VOCAB, alone_of, examples, make_engine, pad, run_all, tiny_model
+from tiny import VOCAB, alone_of, examples, make_engine, pad, run_all, tiny_model
 
 from headrace.errors import ConfigError, RequestError
 from headrace.params import SamplingParams
@@ -32,21 +28,6 @@ REPEATING = (7, 8, 9, 10) * 6
 def _tenants() -> Iterator[None]:
     with tenants.registered(*tenants.TENANTS.items()):
         yield
-
-
-@pytest.fixture(scope="module")
-def drafter() -> Iterator[str]:
-    """A checkpoint with the tiny model's own weights, slightly disturbed: it is often right, and not always."""
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(7)
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(CONFIG))
-        tensors = {}
-        for name, views in model.tensors().items():
-            noise = torch.randn(views[0].shape, generator=generator, dtype=torch.float64)
-            tensors[name] = (views[0].cpu() * (1 + 0.1 * noise)).contiguous()
-        save_file(tensors, str(Path(directory) / "model.safetensors"))
-        yield directory
 
 
 def names() -> list[str]:
