@@ -20,7 +20,7 @@ TILE_FIELDS = 8
 all its live rows see whole, end."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_reqs", "max_slots", "window"])
 def list_tiles(
     tiles_T8: Any,
     row_ptr_B1: Any,
@@ -182,7 +182,7 @@ def _visit(
     return acc, new_top, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"])
 def attend_tiles(
     out_RHD: Any,
     lse_RH: Any,
@@ -230,7 +230,8 @@ def attend_tiles(
     IS_SPLIT: tl.constexpr,
 ):
     """One program a tile, key/value head and split. Without splits it writes the result, with splits a partial one."""
-    at = tiles_T8 + tl.program_id(0) * 8
+    # Of a prompt the last tiles see most slots; started first, they do not end last.
+    at = tiles_T8 + (tl.num_programs(0) - 1 - tl.program_id(0)) * 8
     row0 = tl.load(at + 1)
     row_end = tl.load(at + 2)
     if row0 >= row_end:
@@ -291,8 +292,8 @@ def attend_tiles(
                 scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
             )  # fmt: skip
 
-    # Whole blocks were computed for padding rows too.
-    nothing = (top == float("-inf")) | (live == 0)
+    # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
+    nothing = (mass == 0.0) | (live == 0)
     top = tl.where(nothing, float("-inf"), top)
     mass = tl.where(nothing, 0.0, mass)
     dv = tl.arange(0, BLOCK_DV)
@@ -327,7 +328,7 @@ def attend_tiles(
             tl.store(lse_RH + where, lse, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def merge_splits(
     out_RHD: Any,
     lse_RH: Any,
@@ -335,37 +336,43 @@ def merge_splits(
     part_lse_RHN: Any,
     sinks_H: Any,
     heads: Any,
-    n_splits: Any,
-    BLOCK_SPLITS: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    PART: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """One program a row and head: out = sum of 2^lse_j out_j / sum of 2^lse_j over the splits, and the sink."""
+    """One program a row and head: out = sum of 2^lse_j out_j / sum of 2^lse_j over the splits, and the sink.
+
+    Results are read PART splits at a time; both numbers are powers of two.
+    """
     where = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_SPLITS)
     dv = tl.arange(0, BLOCK_DV)
-    lse_N = tl.load(part_lse_RHN + where * n_splits + j, mask=j < n_splits, other=float("-inf"))
-    used_N = lse_N != float("-inf")
-    at = part_out_RHND + (where * n_splits + j)[:, None] * DV + dv[None, :]
-    out_ND = tl.load(at, mask=used_N[:, None] & (dv < DV)[None, :], other=0.0)
+    lse_N = tl.load(part_lse_RHN + where * N_SPLITS + tl.arange(0, N_SPLITS))
     top = tl.max(lse_N, 0)
-    nothing = tl.max(used_N.to(tl.int32), 0) == 0
+    nothing = tl.max((lse_N != float("-inf")).to(tl.int32), 0) == 0
     if HAS_SINKS:
         sink = tl.load(sinks_H + tl.program_id(0) % heads).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, sink)
     top = tl.where(nothing, 0.0, top)
-    weight_N = tl.exp2(lse_N - top)
-    mass = tl.sum(weight_N, 0)
+    mass = tl.sum(tl.exp2(lse_N - top), 0)
     if HAS_SINKS:
         mass += tl.exp2(sink - top)
-    result = tl.sum(out_ND * weight_N[:, None], 0) / tl.where(nothing, 1.0, mass)
-    result = tl.where(nothing, 0.0, result)
+    mass = tl.where(nothing, 1.0, mass)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for first in range(0, N_SPLITS, PART):
+        part = where * N_SPLITS + first + tl.arange(0, PART)
+        lse = tl.load(part_lse_RHN + part)
+        # Of a split that saw nothing only the -inf was written.
+        used = lse != float("-inf")
+        at = part_out_RHND + part[:, None] * DV + dv[None, :]
+        out = tl.load(at, mask=used[:, None] & (dv < DV)[None, :], other=0.0)
+        acc += tl.sum(out * tl.exp2(lse - top)[:, None], 0)
+    result = tl.where(nothing, 0.0, acc / mass)
     tl.store(out_RHD + where * DV + dv, result.to(out_RHD.dtype.element_ty), mask=dv < DV)
     if HAS_LSE:
-        lse = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, mass))) * 0.6931471805599453)
-        tl.store(lse_RH + where, lse)
+        tl.store(lse_RH + where, tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453))
 
 
 @triton.jit
