@@ -1,10 +1,10 @@
-"""The Triton kernels of paged attention over rows: lists of tiles, one pass of softmax over a split, the merge of splits.
+"""The Triton kernels of paged attention over rows: lists of tiles, one pass of softmax over a split, the merge.
 
 A tile is up to TILE_ROWS neighbouring rows of one request; all query heads of a key/value head's group in these rows
 are the BLOCK_M lines of one matrix product (GQA, arXiv 2305.13245). The slots of a request are cut at absolute
-multiples of BLOCK_N into blocks; split j of N visits blocks j, j + N, j + 2N, ... in rising order with a running softmax
-(FlashAttention, arXiv 2205.14135), and the splits are merged by their log-sum-exp (Flash-Decoding). So no length has to
-be known outside the device: the grid follows from shapes, and programs without work return at once.
+multiples of BLOCK_N into blocks; split j of N visits blocks j, j + N, j + 2N, ... in rising order with a running
+softmax (FlashAttention, arXiv 2205.14135), and the splits are merged by their log-sum-exp (Flash-Decoding). So no
+length has to be known outside the device: the grid follows from shapes, and programs without work return at once.
 
 Exponents are to base 2: scores carry the factor log2(e).
 """
@@ -295,37 +295,34 @@ def attend_tiles(
     # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
     nothing = (mass == 0.0) | (live == 0)
     top = tl.where(nothing, float("-inf"), top)
-    mass = tl.where(nothing, 0.0, mass)
+    mass = tl.where(nothing, 1.0, mass)
     dv = tl.arange(0, BLOCK_DV)
     where = row.to(tl.int64) * heads + head
     if IS_SPLIT:
-        share = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, mass))
         part = where * n_splits + split
-        tl.store(part_lse_RHN + part, tl.where(nothing, float("-inf"), top + tl.log2(mass)), mask=mine)
+        tl.store(part_lse_RHN + part, top + tl.log2(mass), mask=mine)
         # The merge reads no result whose log-sum-exp is -inf.
         tl.store(
             part_out_RHND + part[:, None] * DV + dv[None, :],
-            acc * share[:, None],
+            acc / mass[:, None],
             mask=(mine & (nothing == 0))[:, None] & (dv < DV)[None, :],
         )
     else:
         if HAS_SINKS:
             sink = tl.load(sinks_H + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-            high = tl.maximum(top, sink)
-            shrink = tl.where(nothing, 0.0, tl.exp2(top - high))
-            mass = mass * shrink + tl.where(nothing, 0.0, tl.exp2(sink - high))
+            high = tl.where(nothing, 0.0, tl.maximum(top, sink))
+            shrink = tl.exp2(top - high)
+            mass = tl.where(nothing, 1.0, mass * shrink + tl.exp2(sink - high))
             acc = acc * shrink[:, None]
             top = tl.where(nothing, float("-inf"), high)
-        share = 1.0 / tl.where(nothing, 1.0, mass)
-        result = tl.where(nothing[:, None], 0.0, acc * share[:, None])
+        result = tl.where(nothing[:, None], 0.0, acc / mass[:, None])
         tl.store(
             out_RHD + where[:, None] * DV + dv[None, :],
             result.to(out_RHD.dtype.element_ty),
             mask=mine[:, None] & (dv < DV)[None, :],
         )
         if HAS_LSE:
-            lse = tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453)
-            tl.store(lse_RH + where, lse, mask=mine)
+            tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
 
 
 @triton.jit(do_not_specialize=["heads"])
