@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from test_attention import MASKS, PROFILE, Case, cases, compare, count_events, make_case
+from test_attention import PROFILE, Case, cases, compare, count_events, make_case
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionRows, attend, gpu, gpu_shape, plan_attention, reference, write_kv
@@ -116,15 +116,24 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRID)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# The interpreter takes a second a case: each is run in float32 and, in turn, in one of the short types.
+SHORT = [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(GRID)]
+IN_SPLITS = {
+    "seven heads a group": torch.float32,
+    "all at once": torch.bfloat16,
+    "trees under a window": torch.float16,
+    "trees": torch.float32,
+    "ghosts": torch.float32,
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in GRID), *SHORT], ids=str)
 def test_gpu_is_the_reference(name: str, dtype: torch.dtype, device: torch.device) -> None:
     check(make_case(len(name), dtype=dtype, **GRID[name]), device)
 
 
 @pytest.mark.usefixtures("many_splits")
-@pytest.mark.parametrize("name", ["seven heads a group", "all at once", "trees under a window", "ghosts"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), IN_SPLITS.items(), ids=str)
 def test_gpu_in_splits_is_the_reference(name: str, dtype: torch.dtype, device: torch.device) -> None:
     case = make_case(len(name) + 1, dtype=dtype, **GRID[name])
     assert shape_of(case).n_splits == 4
@@ -140,11 +149,15 @@ def shape_of(case: Case) -> gpu_shape.Shape:
 
 
 @pytest.mark.usefixtures("many_splits")
-def test_gpu_with_random_tables_is_the_reference(events: Counter[str], device: torch.device) -> None:
+def test_gpu_with_random_tables_is_the_reference(
+    events: Counter[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = "windows,softcap,sinks,empty rows,rows with a hole,ghost rows,values of another size,whole blocks,splits"
-    events.update(dict.fromkeys([*names.split(","), *MASKS.split(","), *map(str, TOLERANCE)], 0))
+    masks = "masks,masks of several words,masks without a set bit,words below zero,windows over masks"
+    events.update(dict.fromkeys([*names.split(","), *masks.split(","), *map(str, TOLERANCE)], 0))
+    monkeypatch.setattr(gpu_shape, "MAX_SPLITS", 2)
 
-    @settings(PROFILE, max_examples=16)
+    @settings(PROFILE, max_examples=12)
     @given(case=cases(dtypes=tuple(TOLERANCE), masks=True))
     def check_one(case: Case) -> None:
         check(case, device)
@@ -253,16 +266,16 @@ def first_requests(case: Case, count: int) -> Case:
 
 
 @pytest.mark.parametrize("splits", [False, True], ids=["one program", "splits"])
-@pytest.mark.parametrize("name", ["prompts and decode", "trees", "window"])
+@pytest.mark.parametrize("name", ["trees", "window"])
 def test_padded_steps(name: str, splits: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
     """Padding changes nothing but roundings; in one bucket a request has the same bits whoever else is there."""
     if splits:
         request.getfixturevalue("many_splits")
-    case = make_case(len(name), dtype=torch.float32, **GRID[name])
+    case = make_case(len(name), dtype=torch.float32, **{**GRID[name], "kv_heads": 1})
     bucket = (56, 7)
     check(padded(case, *bucket), device)
     outs = []
-    for count in (len(case.lens), len(case.lens) - 2, 1):
+    for count in (len(case.lens), 2):
         fewer = first_requests(case, count)
         out, lse = run(padded(fewer, *bucket), device)
         assert not out[len(fewer.seen) :].any()

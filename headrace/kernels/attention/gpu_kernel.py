@@ -11,8 +11,6 @@ Exponents are to base 2: scores carry the factor log2(e).
 
 from __future__ import annotations
 
-from typing import Any
-
 from headrace.kernels.gpu_runtime import tl, triton
 
 TILE_FIELDS = 8
@@ -22,20 +20,20 @@ all its live rows see whole, end."""
 
 @triton.jit(do_not_specialize=["n_rows", "n_reqs", "max_slots", "window"])
 def list_tiles(
-    tiles_T8: Any,
-    row_ptr_B1: Any,
-    reqs_B: Any,
-    req_R: Any,
-    t_R: Any,
-    a_R: Any,
-    b_R: Any,
-    c_R: Any,
-    bits_R: Any,
-    kv_len_B: Any,
-    n_rows: Any,
-    n_reqs: Any,
-    max_slots: Any,
-    window: Any,
+    tiles_T8,
+    row_ptr_B1,
+    reqs_B,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    bits_R,
+    kv_len_B,
+    n_rows,
+    n_reqs,
+    max_slots,
+    window,
     TILE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_REQS: tl.constexpr,
@@ -99,7 +97,7 @@ def list_tiles(
 
 
 @triton.jit
-def _first_of(begin: Any, split: Any, n_splits: Any):
+def _first_of(begin, split, n_splits):
     """The first block from `begin` on that belongs to a split."""
     return begin + (split + n_splits - begin % n_splits) % n_splits
 
@@ -131,6 +129,7 @@ def _visit(
     BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax of a tile (acc [BLOCK_M, BLOCK_DV], top and mass [BLOCK_M]) goes over one block of slots.
@@ -153,8 +152,15 @@ def _visit(
         used = tl.max(seen.to(tl.int32), 0) > 0
         page = tl.load(pages + s // S, mask=used, other=0)
         place = page.to(tl.int64) * S + s % S
-        k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
+        if EXACT:
+            # Triton 3.6 fails to compile loads of float32 operands under a mask that is itself a reduction.
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+            k = tl.where(used[None, :], k, 0.0)
+            v = tl.where(used[:, None], v, 0.0)
+        else:
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
     else:
         page = tl.load(pages + s // S)
         place = page.to(tl.int64) * S + s % S
@@ -184,35 +190,35 @@ def _visit(
 
 @triton.jit(do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"])
 def attend_tiles(
-    out_RHD: Any,
-    lse_RH: Any,
-    part_out_RHND: Any,
-    part_lse_RHN: Any,
-    q_RHD: Any,
-    k_pool_KPSD: Any,
-    v_pool_KPSD: Any,
-    page_table_BP: Any,
-    tiles_T8: Any,
-    req_R: Any,
-    t_R: Any,
-    a_R: Any,
-    b_R: Any,
-    c_R: Any,
-    bits_R: Any,
-    words_W: Any,
-    sinks_H: Any,
-    n_words: Any,
-    scale: Any,
-    softcap: Any,
-    window: Any,
-    q_row: Any,
-    q_head: Any,
-    k_head: Any,
-    v_head: Any,
-    table_row: Any,
-    max_slots: Any,
-    n_splits: Any,
-    heads: Any,
+    out_RHD,
+    lse_RH,
+    part_out_RHND,
+    part_lse_RHN,
+    q_RHD,
+    k_pool_KPSD,
+    v_pool_KPSD,
+    page_table_BP,
+    tiles_T8,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    bits_R,
+    words_W,
+    sinks_H,
+    n_words,
+    scale,
+    softcap,
+    window,
+    q_row,
+    q_head,
+    k_head,
+    v_head,
+    table_row,
+    max_slots,
+    n_splits,
+    heads,
     GROUP: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -227,6 +233,7 @@ def attend_tiles(
     HAS_SINKS: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
     """One program a tile, key/value head and split. Without splits it writes the result, with splits a partial one."""
@@ -279,17 +286,17 @@ def attend_tiles(
             for block in range(_first_of(begin, split, n_splits), whole_begin, n_splits):
                 acc, top, mass = _visit(
                     acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                    scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                    scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
                 )  # fmt: skip
         for block in range(_first_of(whole_begin, split, n_splits), whole_end, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, False,
+                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, False,
             )  # fmt: skip
         for block in range(_first_of(whole_end, split, n_splits), stop, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
             )  # fmt: skip
 
     # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
@@ -327,12 +334,12 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["heads"])
 def merge_splits(
-    out_RHD: Any,
-    lse_RH: Any,
-    part_out_RHND: Any,
-    part_lse_RHN: Any,
-    sinks_H: Any,
-    heads: Any,
+    out_RHD,
+    lse_RH,
+    part_out_RHND,
+    part_lse_RHN,
+    sinks_H,
+    heads,
     N_SPLITS: tl.constexpr,
     PART: tl.constexpr,
     DV: tl.constexpr,
@@ -374,17 +381,17 @@ def merge_splits(
 
 @triton.jit
 def write_rows(
-    k_RKD: Any,
-    v_RKD: Any,
-    k_pool_KPSD: Any,
-    v_pool_KPSD: Any,
-    place_R: Any,
-    k_row: Any,
-    k_head: Any,
-    v_row: Any,
-    v_head: Any,
-    k_pool_head: Any,
-    v_pool_head: Any,
+    k_RKD,
+    v_RKD,
+    k_pool_KPSD,
+    v_pool_KPSD,
+    place_R,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    k_pool_head,
+    v_pool_head,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,

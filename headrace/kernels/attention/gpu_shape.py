@@ -74,7 +74,7 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
     rows_a_request = -(-n_rows // max(n_reqs, 1))
     block_m = _lines(rows_a_request, heads, max(widths))
     tile_rows = block_m // heads.group
-    block_n = min(max(BLOCK_BYTES // (max(widths) * heads.itemsize), SMALLEST_DOT), MAX_BLOCK_N)
+    block_n = min(max(_key_bytes(heads) // (max(widths) * heads.itemsize), SMALLEST_DOT), MAX_BLOCK_N)
     # Every request may end in a tile that is not full; the last term is for the rows behind the last request.
     n_tiles = n_rows // tile_rows + n_reqs + 1
     busy = max(-(-n_rows // tile_rows), min(n_reqs, n_rows), 1) * heads.kv_heads
@@ -96,10 +96,15 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
     )
 
 
+def _key_bytes(heads: Heads) -> int:
+    """Without tensor cores the operands of a product stand in registers, and larger blocks spill."""
+    return BLOCK_BYTES // 2 if heads.itemsize > 2 else BLOCK_BYTES
+
+
 def _lines(rows_a_request: int, heads: Heads, width: int) -> int:
     """Lines of a tile, whole groups of at least one row."""
     if heads.itemsize > 2:
-        most = SMALLEST_DOT  # exact float32 has no tensor cores, and larger tiles would spill
+        most = SMALLEST_DOT  # exact float32 has no tensor cores
     else:
         most = 128 if width <= 128 else 64 if width <= 256 else SMALLEST_DOT
     lines = most if rows_a_request >= PROMPT_ROWS else min(next_power(rows_a_request * heads.group), most)
