@@ -17,7 +17,16 @@ from hypothesis import given, settings
 from test_attention import PROFILE, Case, cases, compare, count_events, make_case
 from torch import Tensor
 
-from headrace.kernels.attention import AttentionRows, attend, gpu, gpu_shape, plan_attention, reference, write_kv
+from headrace.kernels.attention import (
+    AttentionRows,
+    attend,
+    benchmark_gpu,
+    gpu,
+    gpu_shape,
+    plan_attention,
+    reference,
+    write_kv,
+)
 from headrace.kernels.attention.gpu_shape import Chip, Heads, choose_shape
 from headrace.step import NONE
 
@@ -509,3 +518,31 @@ def test_trash_takes_many_rows(device: torch.device) -> None:
     for pool in pools:
         assert bool((pool[0, 0, 0] == 1).all())
         assert float(pool.sum()) == 16.0
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+SMALL = benchmark_gpu.Geometry(heads=4, kv_heads=2, size=16, page_size=4)
+
+
+@pytest.mark.parametrize(("n_reqs", "n_rows", "committed"), [(3, 1, 20), (2, 9, 0)], ids=["decode", "prefill"])
+def test_benchmark_measures_attention(n_reqs: int, n_rows: int, committed: int, device: torch.device) -> None:
+    """Its steps are what torch's fused attention gets in one piece."""
+    torch.manual_seed(0)
+    step = benchmark_gpu.make_step(n_reqs, n_rows, committed, 1, device, SMALL)
+    gpu.write_kv(*step.kv_RKD, *step.pools[0], step.place_R)
+    q, k, v = benchmark_gpu.in_one_piece(step, n_reqs)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not committed, enable_gqa=True)
+    got = step.attend(0, step.plan()).unflatten(0, (n_reqs, -1)).transpose(1, 2)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    # The rows' own keys are the last ones of each request.
+    k_rows = step.kv_RKD[0].unflatten(0, (n_reqs, -1)).transpose(1, 2)
+    assert torch.equal(k[:, :, committed:], k_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_benchmark_runs() -> None:
+    table = benchmark_gpu.benchmark([(2, 40)], [(1, 20, 0), (1, 20, 30)], SMALL, 0.01)
+    assert [row["work"] for row in table] == ["decode", "prefill", "prefill"]
+    assert all(row["us"] > 0 for row in table)
