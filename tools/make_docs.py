@@ -45,8 +45,8 @@ def systems_page() -> str:
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
     lines += [
         "",
-        "Devices: on the CPU attention and the draw have compiled kernels; on a GPU the same engine runs their plain",
-        "torch forms, which are right but not fast.",
+        "Devices: on the CPU attention and the draw have compiled kernels. On a GPU the same engine has attention in",
+        "Triton, and runs the plain torch form of the draw, which is right but not fast.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -16,3 +16,14 @@ def next_power(n: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; Triton's interpreter on the CPU counts as two."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take: a multiprocessor's, less the kilobyte that the system keeps.
+
+    The interpreter on the CPU gets that of an H100, so that it runs the same shapes.
+    """
+    if device.type != "cuda":
+        return 227 * 2**10
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 2**10

@@ -1,7 +1,8 @@
 """Compile the kernels of GPUs for one, on a machine that may have none: `python compile_gpu_forms.py`.
 
 The interpreter runs what Python accepts; the compiler asks for more: names it knows, one type a variable. So here every
-launch of the real wrappers, on tensors of the CPU, is compiled and not run. Prints the name of each kernel.
+launch of the real wrappers, on tensors that need hold nothing, is compiled and not run. Prints the name of each kernel
+and the bytes of its shared memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from headrace.kernels.advance import Clocks
 from headrace.kernels.advance.gpu import advance_gpu
-from headrace.kernels.attention import AttentionRows
-from headrace.kernels.attention import gpu as attention
+from headrace.kernels.attention import AttentionRows, gpu, gpu_shape
 from headrace.kernels.chain_rows import History
 from headrace.kernels.chain_rows.gpu import chain_rows_gpu
 from headrace.kernels.draw import DrawParams
@@ -54,10 +54,12 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: 
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+            if type(value) is int and value % 16 == 0 and not param.do_not_specialize:
+                aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     names = {p.name for p in kernel.params}
-    compile_kernel(source, target=TARGET, options={k: v for k, v in options.items() if k not in names})
-    print(kernel.__name__, flush=True)
+    compiled = compile_kernel(source, target=TARGET, options={k: v for k, v in options.items() if k not in names})
+    print(kernel.__name__, compiled.metadata.shared, flush=True)
 
 
 def ints(*shape: int) -> torch.Tensor:
@@ -90,19 +92,29 @@ def launch_all() -> None:
         history = History(ints(n + 1, n), ints(n + 1), ints(n + 1))
         chain_rows_gpu(rows_of_step, history, torch.zeros(n, dtype=torch.int64), ints(n))
 
-    for dtype, bits, splits in ((torch.bfloat16, None, 1), (torch.float32, ints(3), 64)):
-        launch_attention(dtype, bits, splits)
+    attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
+    attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
+    attend_once(torch.float16, 300, 3, 8, 8, 80, full=False, splits=False)
+    attend_once(torch.float32, 64, 8, 32, 8, 128, full=True, splits=True)
+    attend_once(torch.float32, 33, 1, 6, 2, 5, full=False, splits=False)
 
 
-def launch_attention(dtype: torch.dtype, bits_R: torch.Tensor | None, programs: int) -> None:
-    attention.PROGRAMS_A_PROCESSOR = programs
-    rows = AttentionRows(*(ints(3) for _ in range(5)), ints(3), ints(2), bits_R, bits_R)
-    pool = torch.zeros(2, 9, 16, 64, dtype=dtype)
-    plain: dict[str, Any] = {"scale": 0.1}
-    wide = {"window": 9, "softcap": 5.0, "sinks_H": torch.zeros(4), "need_lse": True}
-    for options in (plain, plain | wide):
-        attention.attend(torch.zeros(3, 4, 64, dtype=dtype), rows, pool, pool, ints(5, 60), ints(5), **options)
-    attention.write_kv(torch.zeros(3, 2, 64, dtype=dtype), torch.zeros(3, 2, 64), pool, pool, ints(3).long())
+def attend_once(
+    dtype: torch.dtype, n_rows: int, n_reqs: int, heads: int, kv_heads: int, size: int, *, full: bool, splits: bool
+) -> None:
+    """Launch one step over tensors without contents; `full` asks for masks, a window, softcap, sinks and lse."""
+    gpu_shape.PROGRAMS_A_PROCESSOR = 2**12 if splits else 1
+
+    def empty(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    masks = (empty(n_rows), empty(2 * n_rows)) if full else ()
+    rows = AttentionRows(*(empty(n_rows) for _ in range(5)), empty(n_reqs + 1), empty(n_reqs), *masks)
+    pools = [empty(kv_heads, 9, 16, size, kind=dtype) for _ in "kv"]
+    options: Any = {"window": 100, "softcap": 30.0, "sinks_H": empty(heads, kind=dtype), "need_lse": True}
+    q_RHD = empty(n_rows, heads, size, kind=dtype)
+    gpu.attend(q_RHD, rows, *pools, empty(n_reqs + 1, 2048), empty(n_reqs + 1), scale=0.1, **(options if full else {}))
+    gpu.write_kv(q_RHD[:, :kv_heads], q_RHD[:, :kv_heads], *pools, empty(n_rows, kind=torch.int64))
 
 
 if __name__ == "__main__":

@@ -6,50 +6,23 @@ captured in a graph. float64 runs `by_rows.py`. Letters: see `reference.py`; als
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from headrace.kernels.attention import by_rows, reference
+from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded
 from headrace.kernels.attention.reference import AttentionRows
-from headrace.kernels.gpu_sizes import next_power, processors
+from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernels know."""
-PROGRAMS_A_PROCESSOR = 4
-"""Programs to have ready for each multiprocessor before slots are no longer split."""
-MIN_SPLIT_SLOTS = 128
-"""Slots of the longest possible context that a split is made for."""
-BLOCK_BYTES = 2**14
-"""Bytes of keys in a block of slots."""
-_SMALLEST_DOT = 16
-
-
-class Shape(NamedTuple):
-    """How a step is cut for heads of one kind."""
-
-    tile_rows: int
-    block_m: int
-    """Lines of a tile: its rows times the query heads of a key/value head, padded."""
-    block_n: int
-    """Slots of a block."""
-    n_tiles: int
-    n_splits: int
-    n_warps: int
-    n_stages: int
+_LOG2_E = 1.4426950408889634
 
 
 class GpuPlan:
     """What all layers of a step share: the tables of the step, and lists of tiles, made when first asked for."""
 
-    def __init__(
-        self,
-        rows: AttentionRows,
-        page_table_BP: Tensor,
-        kv_len_B: Tensor,
-        page_size: int,
-    ) -> None:
+    def __init__(self, rows: AttentionRows, page_table_BP: Tensor, kv_len_B: Tensor, page_size: int) -> None:
         reference.check_bits(rows)
         self.rows, self.kv_len_B = rows, kv_len_B
         self.max_slots = page_table_BP.shape[1] * page_size
@@ -57,22 +30,11 @@ class GpuPlan:
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-    def shape(self, group: int, kv_heads: int, largest: int, itemsize: int) -> Shape:
-        """The cut for `group` query heads a key/value head, `largest` the larger head size; depends on shapes alone."""
-        rows_a_request = -(-self.n_rows // max(self.n_reqs, 1))
-        most_lines = 64 if itemsize == 2 and largest <= 256 else _SMALLEST_DOT
-        block_m = max(min(next_power(rows_a_request * group), most_lines), next_power(group), _SMALLEST_DOT)
-        tile_rows = block_m // group
-        width = max(next_power(largest), _SMALLEST_DOT)
-        block_n = max(min(BLOCK_BYTES // (width * itemsize), 64), _SMALLEST_DOT)
-        n_tiles = self.n_rows // tile_rows + self.n_reqs + 1
-        busy = max(-(-self.n_rows // tile_rows), min(self.n_reqs, self.n_rows), 1) * kv_heads
-        wanted = processors(self.kv_len_B.device) * PROGRAMS_A_PROCESSOR // busy
-        n_splits = max(1, min(wanted, self.max_slots // max(MIN_SPLIT_SLOTS, block_n)))
-        n_splits = next_power(n_splits + 1) // 2
-        block_bytes = block_n * width * itemsize
-        n_stages = 3 if block_bytes <= BLOCK_BYTES else 2
-        return Shape(tile_rows, block_m, block_n, n_tiles, n_splits, 4, n_stages)
+    def shape(self, heads: Heads) -> Shape:
+        """The cut of the step for heads of one kind; see `gpu_shape.choose_shape`."""
+        device = self.kv_len_B.device
+        chip = Chip(processors(device), shared_bytes(device))
+        return choose_shape(self.n_rows, self.n_reqs, self.max_slots, heads, chip)
 
     def tiles(self, shape: Shape, window: int) -> Tensor:
         """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
@@ -164,10 +126,11 @@ def attend(
     if not n_rows:
         return out_RHD, lse_RH
     group = heads // kv_heads
-    shape = plan.shape(group, kv_heads, max(size, v_size), dtype.itemsize)
+    has_sinks = sinks_H is not None
+    sinks_H = out_RHD if sinks_H is None else sinks_H.contiguous()  # a kernel wants a tensor for what it does not read
+    shape = plan.shape(Heads(group, kv_heads, size, v_size, dtype.itemsize))
     is_split = shape.n_splits > 1
     part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
-    log2_e = 1.4426950408889634
     attend_tiles[(shape.n_tiles, kv_heads, shape.n_splits)](
         out_RHD,
         out_RHD if lse_RH is None else lse_RH,
@@ -185,10 +148,10 @@ def attend(
         rows.c_R,
         rows.req_R if rows.bits_R is None else rows.bits_R,
         rows.req_R if rows.words_W is None else rows.words_W,
-        out_RHD if sinks_H is None else sinks_H,
+        sinks_H,
         0 if rows.words_W is None else rows.words_W.shape[0],
-        scale / softcap if softcap > 0 else scale * log2_e,
-        softcap * log2_e,
+        scale / softcap if softcap > 0 else scale * _LOG2_E,
+        softcap * _LOG2_E,
         window,
         q_RHD.stride(0),
         q_RHD.stride(1),
@@ -205,13 +168,14 @@ def attend(
         S=page_size,
         D=size,
         DV=v_size,
-        BLOCK_D=max(next_power(size), _SMALLEST_DOT),
-        BLOCK_DV=max(next_power(v_size), _SMALLEST_DOT),
+        BLOCK_D=padded(size),
+        BLOCK_DV=padded(v_size),
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
-        HAS_SINKS=sinks_H is not None,
+        HAS_SINKS=has_sinks,
         HAS_BITS=rows.bits_R is not None,
         HAS_LSE=need_lse,
+        EXACT=dtype == torch.float32,
         IS_SPLIT=is_split,
         num_warps=shape.n_warps,
         num_stages=shape.n_stages,
@@ -222,13 +186,13 @@ def attend(
             out_RHD if lse_RH is None else lse_RH,
             part_out_RHND,
             part_lse_RHN,
-            out_RHD if sinks_H is None else sinks_H,
+            sinks_H,
             heads,
-            shape.n_splits,
-            BLOCK_SPLITS=next_power(shape.n_splits),
+            N_SPLITS=shape.n_splits,
+            PART=min(shape.n_splits, 16),
             DV=v_size,
             BLOCK_DV=next_power(v_size),
-            HAS_SINKS=sinks_H is not None,
+            HAS_SINKS=has_sinks,
             HAS_LSE=need_lse,
             num_warps=4,
         )

@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention over rows: lists of tiles, a pass of softmax over a split, the merge of splits.
+"""The Triton kernels of paged attention over rows: lists of tiles, one pass of softmax over a split, the merge.
 
 A tile is up to TILE_ROWS neighbouring rows of one request; all query heads of a key/value head's group in these rows
 are the BLOCK_M lines of one matrix product (GQA, arXiv 2305.13245). The slots of a request are cut at absolute
@@ -18,7 +18,7 @@ TILE_FIELDS = 8
 all its live rows see whole, end."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_reqs", "max_slots", "window"])
 def list_tiles(
     tiles_T8,
     row_ptr_B1,
@@ -119,7 +119,6 @@ def _visit(
     bits,
     words,
     n_words,
-    max_slots,
     scale,
     softcap,
     S: tl.constexpr,
@@ -130,6 +129,7 @@ def _visit(
     BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax of a tile (acc [BLOCK_M, BLOCK_DV], top and mass [BLOCK_M]) goes over one block of slots.
@@ -150,11 +150,17 @@ def _visit(
         seen = (second | (s[None, :] < firsts[:, None])) & (s[None, :] >= lows[:, None])
         # What no line sees may be NaN, and 0 * NaN is NaN.
         used = tl.max(seen.to(tl.int32), 0) > 0
-        # Not masked by `used`: Triton 3.6 gives up on a one-dimensional load that is masked by a reduction.
-        page = tl.load(pages + s // S, mask=s < max_slots, other=0)
+        page = tl.load(pages + s // S, mask=used, other=0)
         place = page.to(tl.int64) * S + s % S
-        k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
+        if EXACT:
+            # Triton 3.6 fails to compile loads of float32 operands under a mask that is itself a reduction.
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+            k = tl.where(used[None, :], k, 0.0)
+            v = tl.where(used[:, None], v, 0.0)
+        else:
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
     else:
         page = tl.load(pages + s // S)
         place = page.to(tl.int64) * S + s % S
@@ -182,7 +188,7 @@ def _visit(
     return acc, new_top, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"])
 def attend_tiles(
     out_RHD,
     lse_RH,
@@ -227,10 +233,12 @@ def attend_tiles(
     HAS_SINKS: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
     """One program a tile, key/value head and split. Without splits it writes the result, with splits a partial one."""
-    at = tiles_T8 + tl.program_id(0) * 8
+    # Of a prompt the last tiles see most slots; started first, they do not end last.
+    at = tiles_T8 + (tl.num_programs(0) - 1 - tl.program_id(0)) * 8
     row0 = tl.load(at + 1)
     row_end = tl.load(at + 2)
     if row0 >= row_end:
@@ -278,56 +286,53 @@ def attend_tiles(
             for block in range(_first_of(begin, split, n_splits), whole_begin, n_splits):
                 acc, top, mass = _visit(
                     acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                    max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                    scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
                 )  # fmt: skip
         for block in range(_first_of(whole_begin, split, n_splits), whole_end, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, False,
+                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, False,
             )  # fmt: skip
         for block in range(_first_of(whole_end, split, n_splits), stop, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
             )  # fmt: skip
 
-    # Whole blocks were computed for padding rows too.
-    nothing = (top == float("-inf")) | (live == 0)
+    # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
+    nothing = (mass == 0.0) | (live == 0)
     top = tl.where(nothing, float("-inf"), top)
-    mass = tl.where(nothing, 0.0, mass)
+    mass = tl.where(nothing, 1.0, mass)
     dv = tl.arange(0, BLOCK_DV)
     where = row.to(tl.int64) * heads + head
     if IS_SPLIT:
-        share = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, mass))
         part = where * n_splits + split
-        tl.store(part_lse_RHN + part, tl.where(nothing, float("-inf"), top + tl.log2(mass)), mask=mine)
+        tl.store(part_lse_RHN + part, top + tl.log2(mass), mask=mine)
         # The merge reads no result whose log-sum-exp is -inf.
         tl.store(
             part_out_RHND + part[:, None] * DV + dv[None, :],
-            acc * share[:, None],
+            acc / mass[:, None],
             mask=(mine & (nothing == 0))[:, None] & (dv < DV)[None, :],
         )
     else:
         if HAS_SINKS:
             sink = tl.load(sinks_H + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-            high = tl.maximum(top, sink)
-            shrink = tl.where(nothing, 0.0, tl.exp2(top - high))
-            mass = mass * shrink + tl.where(nothing, 0.0, tl.exp2(sink - high))
+            high = tl.where(nothing, 0.0, tl.maximum(top, sink))
+            shrink = tl.exp2(top - high)
+            mass = tl.where(nothing, 1.0, mass * shrink + tl.exp2(sink - high))
             acc = acc * shrink[:, None]
             top = tl.where(nothing, float("-inf"), high)
-        share = 1.0 / tl.where(nothing, 1.0, mass)
-        result = tl.where(nothing[:, None], 0.0, acc * share[:, None])
+        result = tl.where(nothing[:, None], 0.0, acc / mass[:, None])
         tl.store(
             out_RHD + where[:, None] * DV + dv[None, :],
             result.to(out_RHD.dtype.element_ty),
             mask=mine[:, None] & (dv < DV)[None, :],
         )
         if HAS_LSE:
-            lse = tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453)
-            tl.store(lse_RH + where, lse, mask=mine)
+            tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def merge_splits(
     out_RHD,
     lse_RH,
@@ -335,37 +340,43 @@ def merge_splits(
     part_lse_RHN,
     sinks_H,
     heads,
-    n_splits,
-    BLOCK_SPLITS: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    PART: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """One program a row and head: out = sum of 2^lse_j out_j / sum of 2^lse_j over the splits, and the sink."""
+    """One program a row and head: out = sum of 2^lse_j out_j / sum of 2^lse_j over the splits, and the sink.
+
+    Results are read PART splits at a time; both numbers are powers of two.
+    """
     where = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_SPLITS)
     dv = tl.arange(0, BLOCK_DV)
-    lse_N = tl.load(part_lse_RHN + where * n_splits + j, mask=j < n_splits, other=float("-inf"))
-    used_N = lse_N != float("-inf")
-    at = part_out_RHND + (where * n_splits + j)[:, None] * DV + dv[None, :]
-    out_ND = tl.load(at, mask=used_N[:, None] & (dv < DV)[None, :], other=0.0)
+    lse_N = tl.load(part_lse_RHN + where * N_SPLITS + tl.arange(0, N_SPLITS))
     top = tl.max(lse_N, 0)
-    nothing = tl.max(used_N.to(tl.int32), 0) == 0
+    nothing = tl.max((lse_N != float("-inf")).to(tl.int32), 0) == 0
     if HAS_SINKS:
         sink = tl.load(sinks_H + tl.program_id(0) % heads).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, sink)
     top = tl.where(nothing, 0.0, top)
-    weight_N = tl.exp2(lse_N - top)
-    mass = tl.sum(weight_N, 0)
+    mass = tl.sum(tl.exp2(lse_N - top), 0)
     if HAS_SINKS:
         mass += tl.exp2(sink - top)
-    result = tl.sum(out_ND * weight_N[:, None], 0) / tl.where(nothing, 1.0, mass)
-    result = tl.where(nothing, 0.0, result)
+    mass = tl.where(nothing, 1.0, mass)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for first in range(0, N_SPLITS, PART):
+        part = where * N_SPLITS + first + tl.arange(0, PART)
+        lse = tl.load(part_lse_RHN + part)
+        # Of a split that saw nothing only the -inf was written.
+        used = lse != float("-inf")
+        at = part_out_RHND + part[:, None] * DV + dv[None, :]
+        out = tl.load(at, mask=used[:, None] & (dv < DV)[None, :], other=0.0)
+        acc += tl.sum(out * tl.exp2(lse - top)[:, None], 0)
+    result = tl.where(nothing, 0.0, acc / mass)
     tl.store(out_RHD + where * DV + dv, result.to(out_RHD.dtype.element_ty), mask=dv < DV)
     if HAS_LSE:
-        lse = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, mass))) * 0.6931471805599453)
-        tl.store(lse_RH + where, lse)
+        tl.store(lse_RH + where, tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453))
 
 
 @triton.jit

@@ -1,0 +1,111 @@
+"""How a step's attention is cut for a GPU: lines and slots of a block, splits, warps. The one place to tune.
+
+Everything follows from the shapes of tensors, the heads and the chip, never from lengths, so that a captured graph
+stays right whatever its tables hold later.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from headrace.kernels.gpu_sizes import next_power
+
+PROGRAMS_A_PROCESSOR = 4
+"""Programs to have ready for each multiprocessor before slots are no longer split."""
+MIN_SPLIT_SLOTS = 128
+"""Slots of the longest possible context that a split is made for."""
+MAX_SPLITS = 128
+"""Above it, merging costs more than the splits save."""
+BLOCK_BYTES = 2**14
+"""Bytes of keys in a block of slots: 64 slots of 128 numbers in 16 bits."""
+MAX_BLOCK_N = 128
+PROMPT_ROWS = 16
+"""Rows a request, on average, from which a step counts as prompts: these take the largest tile."""
+MAX_STAGES = 3
+SMALLEST_DOT = 16
+"""Smallest side of a matrix product."""
+
+
+class Heads(NamedTuple):
+    """The heads of a layer."""
+
+    group: int
+    """Query heads a key/value head."""
+    kv_heads: int
+    size: int
+    v_size: int
+    itemsize: int
+    """Bytes of an element."""
+
+
+class Chip(NamedTuple):
+    """What of a GPU the cut depends on."""
+
+    processors: int
+    shared_bytes: int
+    """Shared memory that one program may take."""
+
+
+class Shape(NamedTuple):
+    """How a step is cut for heads of one kind."""
+
+    tile_rows: int
+    """Most rows of a tile."""
+    block_m: int
+    """Lines of a tile: its rows times the query heads of a key/value head, padded to a power of two."""
+    block_n: int
+    """Slots of a block, a power of two."""
+    n_tiles: int
+    n_splits: int
+    """A power of two."""
+    n_warps: int
+    n_stages: int
+    """Blocks in flight from memory, plus one."""
+
+
+def padded(size: int) -> int:
+    """The width of a head of `size` numbers in a matrix product."""
+    return max(next_power(size), SMALLEST_DOT)
+
+
+def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Shape:
+    """The cut of a step of `n_rows` rows of `n_reqs` requests, padding included, over at most `max_slots` slots."""
+    widths = padded(heads.size), padded(heads.v_size)
+    rows_a_request = -(-n_rows // max(n_reqs, 1))
+    block_m = _lines(rows_a_request, heads, max(widths))
+    tile_rows = block_m // heads.group
+    block_n = min(max(_key_bytes(heads) // (max(widths) * heads.itemsize), SMALLEST_DOT), MAX_BLOCK_N)
+    # Every request may end in a tile that is not full; the last term is for the rows behind the last request.
+    n_tiles = n_rows // tile_rows + n_reqs + 1
+    busy = max(-(-n_rows // tile_rows), min(n_reqs, n_rows), 1) * heads.kv_heads
+    wanted = chip.processors * PROGRAMS_A_PROCESSOR // busy
+    most = max(1, min(wanted, max_slots // max(MIN_SPLIT_SLOTS, block_n), MAX_SPLITS))
+    wide = block_m >= 128
+    # Two programs share a multiprocessor, so that one computes while the other waits; a wide tile hides its own waits.
+    room = chip.shared_bytes if wide else chip.shared_bytes // 2
+    room -= block_m * (widths[0] * heads.itemsize + block_n * 4)
+    n_stages = room // (block_n * sum(widths) * heads.itemsize)
+    return Shape(
+        tile_rows=tile_rows,
+        block_m=block_m,
+        block_n=block_n,
+        n_tiles=n_tiles,
+        n_splits=next_power(most + 1) // 2,
+        n_warps=8 if wide else 4,
+        n_stages=min(max(n_stages, 1), MAX_STAGES),
+    )
+
+
+def _key_bytes(heads: Heads) -> int:
+    """Without tensor cores the operands of a product stand in registers, and larger blocks spill."""
+    return BLOCK_BYTES // 2 if heads.itemsize > 2 else BLOCK_BYTES
+
+
+def _lines(rows_a_request: int, heads: Heads, width: int) -> int:
+    """Lines of a tile, whole groups of at least one row."""
+    if heads.itemsize > 2:
+        most = SMALLEST_DOT  # exact float32 has no tensor cores
+    else:
+        most = 128 if width <= 128 else 64 if width <= 256 else SMALLEST_DOT
+    lines = most if rows_a_request >= PROMPT_ROWS else min(next_power(rows_a_request * heads.group), most)
+    return max(lines, next_power(heads.group), SMALLEST_DOT)
