@@ -49,6 +49,7 @@ class EngineConfig:
     )
     cache_budget: int | None = option(None, "slots (tokens) of each cache cell that a request keeps; needs an evictor")
     cache_interval: int = option(128, "tokens from one eviction to the next")
+    codec: str = option("model", "what the cache holds keys and values in, a name from docs/systems.md")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
         None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import headrace.codecs.fp8
+import headrace.codecs.model
 import headrace.decoding.autoregressive
 import headrace.decoding.draft_model
 import headrace.decoding.ngram
@@ -16,13 +18,14 @@ import headrace.eviction.streaming_llm
 import headrace.scheduling.prefill_first
 import headrace.scheduling.splitfuse  # noqa: F401
 from headrace.cache.prefix import REUSE
+from headrace.codecs.base import CODECS
 from headrace.decoding.base import DECODERS
 from headrace.eviction.base import EVICTORS
 from headrace.registry import Registry
 from headrace.sampling.processors import PROCESSORS
 from headrace.scheduling.base import SCHEDULERS
 
-REGISTRIES: list[Registry[Any]] = [SCHEDULERS, DECODERS, EVICTORS, REUSE, PROCESSORS]
+REGISTRIES: list[Registry[Any]] = [SCHEDULERS, DECODERS, EVICTORS, CODECS, REUSE, PROCESSORS]
 """One a seam, in the order in which docs/systems.md lists them."""
 
-__all__ = ["DECODERS", "EVICTORS", "PROCESSORS", "REGISTRIES", "REUSE", "SCHEDULERS"]
+__all__ = ["CODECS", "DECODERS", "EVICTORS", "PROCESSORS", "REGISTRIES", "REUSE", "SCHEDULERS"]

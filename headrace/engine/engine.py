@@ -12,19 +12,22 @@ import bisect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
+from headrace.codecs.base import Codec, load_codecs
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Setup
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.engine.upkeep import Upkeep
-from headrace.errors import InvariantError, NumericalError, RequestError
-from headrace.eviction.base import Unit, budget_of, finest, load_evictors
+from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
+from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
@@ -88,14 +91,17 @@ class Engine:
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
         self.evictors = load_evictors(config, model.layer_states())
         own_models = [own for decoder in self.decoders.values() for own in decoder.models]
-        streams = _streams([model, *own_models], finest(list(self.evictors.values())))
+        self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
+        check_codec(config.codec, self.codec, self.evictors)
+        codecs = [self.codec, *(own_codec for _ in own_models)]
+        streams = _streams([model, *own_models], codecs, finest(list(self.evictors.values())), self.device)
         groups = [group for found in streams.values() for group in found]
         state_groups = group_states(model.layer_states())
         for name, part in self.decoders.items():
             own_states = [state for own in part.models for state in own.layer_states()]
             check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
-        n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len, fixed_bytes)
+        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
@@ -108,11 +114,11 @@ class Engine:
             page_size=config.page_size,
             max_reqs=config.max_num_seqs,
             max_len=self.max_model_len,
-            dtype=self.dtype,
             device=self.device,
             # A hit would need the states at its end, and none are kept.
             prefix_caching=config.enable_prefix_caching and not state_groups,
-            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size}",
+            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size} "
+            f"codec {config.codec}",
         )
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
@@ -120,7 +126,7 @@ class Engine:
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states)
-        self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.runner.target.groups)
+        self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.codec, self.runner.target.groups)
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -192,6 +198,11 @@ class Engine:
         """Queue a request from its portable record; it continues with the tokens it would have had."""
         params = SamplingParams.from_dict(record["params"])
         evictor, budget, exact_len = record["eviction"]
+        if record["codec"] != self.config.codec:
+            raise RequestError(
+                f"the record's cache is held with codec={record['codec']!r}, here with {self.config.codec!r}, so the "
+                "tokens would differ: use an engine with the same codec"
+            )
         derived = self._derived(
             params, record["prompt_len"], record["seed"], record["sample"], evictor=evictor, cache_budget=budget or None
         )
@@ -315,7 +326,6 @@ class Engine:
 
     def _view(self, request: Request) -> RequestView:
         running = request.index >= 0
-        groups = len(self.cache.groups)
         done, idle = request.n_done, 0
         parent = self._parent_to_fork(request)
         if parent is not None:
@@ -324,7 +334,7 @@ class Engine:
             done, idle = self.cache.look_up(request)
         demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
         # No row passes a trigger: behind it rows see what the upkeep leaves.
-        ahead = (request.trigger if running else request.exact_len) - done
+        ahead = (request.trigger if running else self.upkeep.first_trigger(request, done)) - done
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
@@ -335,8 +345,8 @@ class Engine:
             scratch=demand.scratch,
             most_slots=request.limit,
             decoding=running and request.pending == 1,
-            kv_len=tuple(map(request.slots, range(groups))) if running else (done,) * groups,
-            pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
+            kv_len=self.cache.pool_slots(request) if running else (done,) * len(self.cache.pools),
+            pages=tuple(map(len, request.pages)) if running else self.cache.prefix_pages(done),
             idle_hits=idle,
             priority=request.priority,
             most_pages=self.upkeep.most_pages(self.budget + demand.scratch),
@@ -377,7 +387,7 @@ class Engine:
                 self.stats.forks += 1
             else:
                 self.cache.admit(request, request.index)
-            request.trigger = request.exact_len
+            request.trigger = self.upkeep.first_trigger(request, request.n_done)
             self.table.admit(request, request.index)
             self.states.admit(request.index)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
@@ -581,6 +591,7 @@ class Engine:
         name, budget = budget_of(self.evictors, *asked, self.config.cache_budget)
         return {
             "evictor": name,
+            "codec": self.config.codec,
             "cache_budget": budget,
             "exact_len": self.evictors[name].next_trigger(prompt_len, 0, budget),
             "decoder": decoder,
@@ -616,17 +627,29 @@ def _decoder_names(config: EngineConfig) -> list[str]:
     return list(dict.fromkeys([*names, PLAIN]))
 
 
-def _streams(models: Sequence[CausalLM], unit: Unit) -> dict[Stream, list[CacheGroup]]:
-    """Layers and cache groups of several models, numbered one after the other. `unit` is what may have a length of its
-    own in the first, which decodes."""
+def _streams(
+    models: Sequence[CausalLM], codecs: Sequence[Codec], unit: Unit, device: torch.device
+) -> dict[Stream, list[CacheGroup]]:
+    """Layers and cache groups of several models, numbered one after the other, each with its codec. `unit` is what may
+    have a length of its own in the first, which decodes."""
     streams: dict[Stream, list[CacheGroup]] = {}
     first_layer = first_group = 0
-    for model in models:
+    for model, codec in zip(models, codecs, strict=True):
         states = model.layer_states()
-        groups = group_layers(states, first_layer, split=unit != "request" and not streams)
-        streams[Stream(model, first_layer, range(first_group, first_group + len(groups)))] = groups
+        groups = group_layers(states, codec, first_layer, split=unit != "request" and not streams)
+        of_model = range(first_group, first_group + len(groups))
+        streams[Stream(model, first_layer, of_model, codec.form(device))] = groups
         first_layer, first_group = first_layer + len(states), first_group + len(groups)
     return streams
+
+
+def check_codec(name: str, codec: Codec, evictors: Mapping[str, Evictor]) -> None:
+    """Raise ConfigError for a codec that seals pages beside an evictor that moves slots."""
+    moving = [other for other, evictor in evictors.items() if evictor.evicts]
+    if codec.seal_interval and moving:
+        raise ConfigError(
+            f"codec={name!r} seals whole pages, and evictor={moving[0]!r} moves slots out of them: load one of the two"
+        )
 
 
 def check_urgency(priority: int, deadline_s: float | None) -> None:

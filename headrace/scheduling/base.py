@@ -38,9 +38,9 @@ class RequestView(NamedTuple):
     decoding: bool
     """Whether the prompt is committed, so that every further step brings a token."""
     kv_len: tuple[int, ...]
-    """Committed slots by group (for a waiting request: those that a prefix hit would bring)."""
+    """Committed slots by pool of pages (for a waiting request: those that a prefix hit would bring)."""
     pages: tuple[int, ...]
-    """Pages held by group (for a waiting request: those that a prefix hit would bring)."""
+    """Pages held by pool (for a waiting request: those that a prefix hit would bring)."""
     idle_hits: int = 0
     """Pages of the hit that count as free now and would stop being so."""
     scratch: int = 0
@@ -50,7 +50,7 @@ class RequestView(NamedTuple):
     priority: int = 0
     """The lower number goes first."""
     most_pages: tuple[int, ...] = ()
-    """Pages by group that the request holds at most, in steps of any size; empty: those of all its slots."""
+    """Pages by pool that the request holds at most, in steps of any size; empty: those of all its slots."""
     waits: bool = False
     """Whether it can have no rows until others give pages back."""
 
@@ -67,7 +67,7 @@ class Snapshot:
     running: Sequence[RequestView]
     waiting: Sequence[RequestView]
     free_pages: tuple[int, ...]
-    """Pages by group that can be had without preempting anybody."""
+    """Pages by pool that can be had without preempting anybody."""
     page_size: int
     budget: int
     """Rows a step at most."""
@@ -100,7 +100,7 @@ class SchedulerPolicy(Protocol):
         ...
 
     def admits(self, view: RequestView, need: tuple[int, ...], free: tuple[int, ...], running: int) -> bool:
-        """Whether a waiting request may start: `need` pages by group hold all it has pending, `free` are left
+        """Whether a waiting request may start: `need` pages by pool hold all it has pending, `free` are left
         beside `running` others."""
         ...
 
@@ -114,7 +114,7 @@ SCHEDULERS: Registry[SchedulerPolicy] = Registry("scheduler", "scheduler")
 
 
 def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...]:
-    """Fresh pages by group so that `rows` more slots fit behind the committed ones."""
+    """Fresh pages by pool so that `rows` more slots fit behind the committed ones."""
     return tuple(
         max(0, -(-min(length + rows + view.scratch, view.most_slots) // page_size) - held)
         for length, held in zip(view.kv_len, view.pages, strict=True)
