@@ -351,6 +351,9 @@ class CacheManager:
             for plane, contents in zip(self.planes[p], sealed, strict=True):
                 plane[:, :, request.pages[p][first:end]] = contents
             self.free_behind(request, range(g, g + 1))
+            if not self.prefix_caching:
+                continue
+            self.index.extend_keys(request.unit_keys, request.tokens, request.salt)
             for k in range(first, min(end, request.published)):
                 unit = request.tokens[k * self.page_size : (k + 1) * self.page_size]
                 mine = [page if q == p else TRASH for q, page in enumerate(self._unit_pages(request, k))]
