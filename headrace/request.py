@@ -112,8 +112,8 @@ class Request:
     """Tokens by group whose slots were evicted: the cache holds `n_done` minus these."""
     evictor: str = ""
     """Which of the engine's evictors bounds its cache."""
-    codec: str = ""
-    """What its cache holds keys and values in."""
+    cache_law: str = ""
+    """The options of the engine's cache that its tokens depend on."""
     cache_budget: int = 0
     """Slots that a cell keeps at an eviction; 0: all."""
     exact_len: int = NEVER
@@ -204,7 +204,7 @@ class Request:
             "top_logprobs": [_plain(p) for p in self.top_logprobs],
             "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
             "preemptions": self.preemptions,
-            "codec": self.codec,
+            "cache_law": self.cache_law,
             "eviction": [self.evictor, self.cache_budget, self.exact_len],
             "priority": self.priority,
             "deadline_left_s": left_s,

@@ -44,8 +44,8 @@ class Hit(NamedTuple):
     """What the prefix index holds for a request."""
 
     tokens: int
-    idle_pages: int
-    """Pages of the hit that nobody holds; they count as available until the hit is taken."""
+    idle_pages: tuple[int, ...]
+    """Pages of the hit by pool that nobody holds; they count as available until the hit is taken."""
 
 
 def group_layers(
@@ -227,15 +227,12 @@ class CacheManager:
         A hit ends before the first eviction: later tokens have seen less than those of the entry.
         """
         if not self.prefix_caching or request.scores_prompt:
-            return Hit(0, 0)
+            return Hit(0, (0,) * len(self.pools))
         nodes = self._chain(request)
         tokens = len(nodes) * self.page_size
-        idle = max(
-            (
-                sum(pool.is_idle(nodes[k].pages[p]) for k in self.index.seen(p, tokens))
-                for p, pool in enumerate(self.pools)
-            ),
-            default=0,
+        idle = tuple(
+            sum(pool.is_idle(nodes[k].pages[p]) for k in self.index.seen(p, tokens))
+            for p, pool in enumerate(self.pools)
         )
         return Hit(tokens, idle)
 

@@ -37,6 +37,19 @@ class GroupStep(NamedTuple):
     window: int
     spans: Sequence[tuple[int, int, int]]
     """By request: first row, number of rows, bound on the slots that they see."""
+    prompt_len_B: Tensor
+    """Tokens of the prompt by request index, int32 [Bmax+1]."""
+
+
+class Selection(Protocol):
+    """What `Selected` needs of a selector."""
+
+    pages: int
+    interval: int
+
+    def score(self, q_XHD: Tensor, k_KTSD: Tensor, page_XP: Tensor) -> Tensor:
+        """See Selector."""
+        ...
 
 
 class Coding(Protocol):
@@ -189,7 +202,20 @@ class Gathered(Form):
     ) -> Tensor:
         """Write, decode, attend."""
         self.write(plan, planes, k_RKD, v_RKD)
-        k_KTSD, v_KTSD = self.read(plan, planes)
+        return self.attend_to(plan, *self.read(plan, planes), q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H)
+
+    def attend_to(
+        self,
+        plan: _GatheredPlan,
+        k_KTSD: Tensor,
+        v_KTSD: Tensor,
+        q_RHD: Tensor,
+        *,
+        scale: float,
+        softcap: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Attention over the dense pools."""
         step = plan.step
         out_RHD, _ = attend(
             q_RHD,
@@ -205,3 +231,109 @@ class Gathered(Form):
             plan=plan.attention,
         )
         return out_RHD
+
+
+class _Choices(NamedTuple):
+    """The rows of a step that choose what they read."""
+
+    row_X: Tensor
+    rows: AttentionRows
+    """Each as a request of its own."""
+    page_XP: Tensor
+    """The pages of their requests as places in the dense pool, int64."""
+    front_X: Tensor
+    """Pages among which they choose: the first ones."""
+    kept_X: Tensor
+    """Pages that they choose."""
+    kv_len_X: Tensor
+
+
+class _SelectedPlan(NamedTuple):
+    gathered: _GatheredPlan
+    choices: _Choices | None
+    """None: no row has anything to choose."""
+
+
+class Selected(Form):
+    """Rows behind the prompt read some of their older pages only: right for every codec and selector, and not fast.
+
+    A row that chooses is a request of its own whose page table leaves out what it passes over; slots are offsets from
+    the length, so what it sees besides stays as it was. All rows attend to everything first.
+    """
+
+    def __init__(self, codec: Coding, selector: Selection) -> None:
+        self.gathered, self.selector = Gathered(codec), selector
+
+    def plan(self, step: GroupStep) -> _SelectedPlan:
+        """Find the rows that choose. Waits for the device."""
+        gathered = self.gathered.plan(step)
+        rows = step.rows
+        req_R = rows.req_R.long()
+        base_R = rows.t_R - rows.t_R % self.selector.interval
+        front_R = torch.minimum(base_R, step.kv_len_B[req_R]) // step.page_size
+        front_R = torch.where(rows.t_R >= step.prompt_len_B[req_R], front_R, 0)
+        row_X = front_R.nonzero()[:, 0]
+        if not len(row_X):
+            return _SelectedPlan(gathered, None)
+        number_X = torch.arange(len(row_X) + 1, dtype=torch.int32, device=row_X.device)
+        own = AttentionRows(
+            number_X[:-1],
+            rows.t_R[row_X],
+            rows.a_R[row_X],
+            rows.b_R[row_X],
+            rows.c_R[row_X],
+            number_X,
+            number_X[:-1],
+            None if rows.bits_R is None else rows.bits_R[row_X],
+            rows.words_W,
+        )
+        front_X = front_R[row_X]
+        kept_X = front_X.clamp(max=self.selector.pages)
+        kv_len_X = step.kv_len_B[req_R[row_X]] - (front_X - kept_X) * step.page_size
+        page_XP = gathered.page_table_BP[req_R[row_X]].long()
+        return _SelectedPlan(gathered, _Choices(row_X, own, page_XP, front_X, kept_X, kv_len_X))
+
+    def attend(
+        self,
+        plan: _SelectedPlan,
+        planes: Sequence[Sequence[Tensor]],
+        q_RHD: Tensor,
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        *,
+        scale: float,
+        softcap: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Write, decode, attend, and once more for the rows that choose."""
+        self.gathered.write(plan.gathered, planes, k_RKD, v_RKD)
+        k_KTSD, v_KTSD = self.gathered.read(plan.gathered, planes)
+        out_RHD = self.gathered.attend_to(
+            plan.gathered, k_KTSD, v_KTSD, q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H
+        )
+        choices = plan.choices
+        if choices is None:
+            return out_RHD
+        q_XHD = q_RHD[choices.row_X]
+        out_RHD[choices.row_X], _ = attend(
+            q_XHD,
+            choices.rows,
+            k_KTSD,
+            v_KTSD,
+            self._tables(choices, self.selector.score(q_XHD, k_KTSD, choices.page_XP)),
+            choices.kv_len_X,
+            scale=scale,
+            softcap=softcap,
+            sinks_H=sinks_H,
+        )
+        return out_RHD
+
+    def _tables(self, choices: _Choices, score_XP: Tensor) -> Tensor:
+        """By row the chosen pages and all that stand behind those it chose from, in the order of slots, int32."""
+        place_P = torch.arange(score_XP.shape[1], device=score_XP.device)
+        behind_XP = place_P >= choices.front_X[:, None]
+        best_XP = score_XP.masked_fill(behind_XP, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+        rank_XP = torch.empty_like(best_XP).scatter_(1, best_XP, place_P.expand_as(best_XP))
+        reads_XP = behind_XP | (rank_XP < choices.kept_X[:, None])
+        order_XP = torch.where(reads_XP, place_P, place_P + len(place_P)).sort(dim=1).indices
+        return choices.page_XP.gather(1, order_XP).int()

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
 from headrace.codecs.base import Codec, load_codecs
+from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Setup
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
@@ -36,6 +35,7 @@ from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
+from headrace.selection.base import Selector, load_selector
 from headrace.tables import MAX_STOP_IDS, RequestTable
 
 log = logging.getLogger("headrace")
@@ -92,9 +92,13 @@ class Engine:
         self.evictors = load_evictors(config, model.layer_states())
         own_models = [own for decoder in self.decoders.values() for own in decoder.models]
         self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
-        check_codec(config.codec, self.codec, self.evictors)
+        self.selector = load_selector(config, model.layer_states())
+        check_cache_parts(config, self.codec, self.selector, self.evictors)
         codecs = [self.codec, *(own_codec for _ in own_models)]
-        streams = _streams([model, *own_models], codecs, finest(list(self.evictors.values())), self.device)
+        # Decoders' own models keep and read everything.
+        forms = [self._form(), *(own_codec.form(self.device) for _ in own_models)]
+        unit = finest(list(self.evictors.values()))
+        streams = _streams([model, *own_models], codecs, forms, unit)
         groups = [group for found in streams.values() for group in found]
         state_groups = group_states(model.layer_states())
         for name, part in self.decoders.items():
@@ -126,7 +130,9 @@ class Engine:
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states)
-        self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.codec, self.runner.target.groups)
+        self.upkeep = Upkeep(
+            self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
+        )
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -141,6 +147,22 @@ class Engine:
         self._by_id: dict[str, list[Request]] = {}
         self._arrivals = 0
         self._next_deadline_s = math.inf  # no deadline of an unfinished request is earlier
+
+    def _form(self) -> Form:
+        """How the attention of the model that decodes reads its cache."""
+        if not self.selector.selects:
+            return self.codec.form(self.device)
+        return Selected(self.codec, self.selector)
+
+    @property
+    def cache_law(self) -> str:
+        """The options of the cache that tokens depend on."""
+        config = self.config
+        law = f"codec={config.codec!r}, selector={config.selector!r}"
+        if self.selector.selects:
+            law += f", selector_budget={config.selector_budget}"
+        # What is sealed or selected is whole pages.
+        return f"{law}, page_size={config.page_size}" if self.selector.selects or self.codec.seal_interval else law
 
     # Requests come and go
 
@@ -198,10 +220,10 @@ class Engine:
         """Queue a request from its portable record; it continues with the tokens it would have had."""
         params = SamplingParams.from_dict(record["params"])
         evictor, budget, exact_len = record["eviction"]
-        if record["codec"] != self.config.codec:
+        if record["cache_law"] != self.cache_law:
             raise RequestError(
-                f"the record's cache is held with codec={record['codec']!r}, here with {self.config.codec!r}, so the "
-                "tokens would differ: use an engine with the same codec"
+                f"the record's cache is kept with {record['cache_law']}, here with {self.cache_law}, so the tokens "
+                "would differ: use an engine with the same options"
             )
         derived = self._derived(
             params, record["prompt_len"], record["seed"], record["sample"], evictor=evictor, cache_budget=budget or None
@@ -326,7 +348,8 @@ class Engine:
 
     def _view(self, request: Request) -> RequestView:
         running = request.index >= 0
-        done, idle = request.n_done, 0
+        done = request.n_done
+        idle: tuple[int, ...] = ()
         parent = self._parent_to_fork(request)
         if parent is not None:
             done = request.prompt_len - 1
@@ -589,11 +612,14 @@ class Engine:
             )
         asked = (evictor, cache_budget) if evictor else (params.evictor, params.cache_budget)
         name, budget = budget_of(self.evictors, *asked, self.config.cache_budget)
+        exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
+        if self.selector.selects:  # later rows pass over parts of the cache
+            exact_len = min(exact_len, prompt_len)
         return {
             "evictor": name,
-            "codec": self.config.codec,
+            "cache_law": self.cache_law,
             "cache_budget": budget,
-            "exact_len": self.evictors[name].next_trigger(prompt_len, 0, budget),
+            "exact_len": exact_len,
             "decoder": decoder,
             # Requests with another decoder may lack the cache of this decoder's own models.
             "salt": decoder.encode() if self.decoders[decoder].models else b"",
@@ -628,27 +654,33 @@ def _decoder_names(config: EngineConfig) -> list[str]:
 
 
 def _streams(
-    models: Sequence[CausalLM], codecs: Sequence[Codec], unit: Unit, device: torch.device
+    models: Sequence[CausalLM], codecs: Sequence[Codec], forms: Sequence[Form], unit: Unit
 ) -> dict[Stream, list[CacheGroup]]:
-    """Layers and cache groups of several models, numbered one after the other, each with its codec. `unit` is what may
-    have a length of its own in the first, which decodes."""
+    """Layers and cache groups of several models, numbered one after the other. `unit` is what may have a length of its
+    own in the first, which decodes."""
     streams: dict[Stream, list[CacheGroup]] = {}
     first_layer = first_group = 0
-    for model, codec in zip(models, codecs, strict=True):
+    for model, codec, form in zip(models, codecs, forms, strict=True):
         states = model.layer_states()
         groups = group_layers(states, codec, first_layer, split=unit != "request" and not streams)
         of_model = range(first_group, first_group + len(groups))
-        streams[Stream(model, first_layer, of_model, codec.form(device))] = groups
+        streams[Stream(model, first_layer, of_model, form)] = groups
         first_layer, first_group = first_layer + len(states), first_group + len(groups)
     return streams
 
 
-def check_codec(name: str, codec: Codec, evictors: Mapping[str, Evictor]) -> None:
-    """Raise ConfigError for a codec that seals pages beside an evictor that moves slots."""
-    moving = [other for other, evictor in evictors.items() if evictor.evicts]
+def check_cache_parts(config: EngineConfig, codec: Codec, selector: Selector, evictors: Mapping[str, Evictor]) -> None:
+    """Raise ConfigError for a codec or a selector that stands on whole pages beside an evictor that moves slots."""
+    moving = [name for name, evictor in evictors.items() if evictor.evicts]
     if codec.seal_interval and moving:
         raise ConfigError(
-            f"codec={name!r} seals whole pages, and evictor={moving[0]!r} moves slots out of them: load one of the two"
+            f"codec={config.codec!r} seals whole pages, and evictor={moving[0]!r} moves slots out of them: load one of "
+            "the two"
+        )
+    if selector.selects and moving:
+        raise ConfigError(
+            f"selector={config.selector!r} chooses among whole pages of tokens, and evictor={moving[0]!r} moves slots "
+            "between them: load one of the two"
         )
 
 

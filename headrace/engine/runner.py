@@ -113,7 +113,16 @@ class _Context:
             place_R = cache.place(g, req_R, kv_len_B[req_R] + rows.dst)
             window = cache.groups[g].state.window
             self._plans[g] = stream.form.plan(
-                GroupStep(attention_rows, place_R, cache.page_tables(g), kv_len_B, cache.page_size, window, spans)
+                GroupStep(
+                    attention_rows,
+                    place_R,
+                    cache.page_tables(g),
+                    kv_len_B,
+                    cache.page_size,
+                    window,
+                    spans,
+                    runner.table.prompt_len,
+                )
             )
 
     def attend(

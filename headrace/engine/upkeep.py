@@ -21,6 +21,7 @@ from headrace.codecs.base import Codec
 from headrace.errors import InvariantError
 from headrace.eviction.base import Cells, Evictor, select
 from headrace.request import Request
+from headrace.selection.base import Selector
 from headrace.tables import RequestTable
 
 
@@ -42,14 +43,21 @@ class Upkeep:
 
     Args:
         evictors: by name.
-        codec: of the model that decodes.
+        codec, selector: of the model that decodes.
         groups: cache groups of the model that decodes; those of decoders' own models keep everything.
     """
 
     def __init__(
-        self, cache: CacheManager, table: RequestTable, evictors: Mapping[str, Evictor], codec: Codec, groups: range
+        self,
+        cache: CacheManager,
+        table: RequestTable,
+        evictors: Mapping[str, Evictor],
+        codec: Codec,
+        selector: Selector,
+        groups: range,
     ) -> None:
-        self.cache, self.table, self.evictors, self.codec, self.groups = cache, table, evictors, codec, groups
+        self.cache, self.table, self.groups = cache, table, groups
+        self.evictors, self.codec, self.selector = evictors, codec, selector
         self.stats = UpkeepStats()
         self._has_windows = any(cache.groups[g].state.window for g in groups)
         self._due: dict[int, tuple[Request, dict[int, Tensor]]] = {}
@@ -69,8 +77,13 @@ class Upkeep:
         return tuple(most)
 
     def first_trigger(self, request: Request, n_done: int) -> int:
-        """The token index at which the cache of a request that begins with `n_done` cached tokens is changed first."""
-        return min(request.exact_len, self.codec.next_seal(n_done))
+        """The token index at which the request first sees less, or sees it otherwise, than at `n_done` cached tokens.
+
+        Hits end before the first eviction, so that is always ahead.
+        """
+        evictor = self.evictors[request.evictor]
+        eviction = evictor.next_trigger(request.prompt_len, 0, request.cache_budget)
+        return min(eviction, self.codec.next_seal(n_done), self.selector.next_base(n_done))
 
     def after_commit(self, request: Request) -> None:
         """The request goes on behind this commit."""
@@ -78,7 +91,7 @@ class Upkeep:
             self.cache.free_behind(request, self.groups)
         if request.n_done < request.trigger:
             return
-        if request.n_done == self.codec.next_seal(request.n_done - 1):
+        if not self.evictors[request.evictor].evicts:
             self._seal(request)
         else:
             keep = {g: self._choose(request, g) for g in self.groups}
@@ -87,9 +100,11 @@ class Upkeep:
             self.stats.waits += request.arrival in self._due
 
     def _seal(self, request: Request) -> None:
-        with torch.inference_mode():
-            self.cache.seal(request)
-        self.stats.seals += 1
+        """At the triggers of codec and selector, which have no evictor beside them."""
+        if request.n_done == self.codec.next_seal(request.n_done - 1):
+            with torch.inference_mode():
+                self.cache.seal(request)
+            self.stats.seals += 1
         request.trigger = self.first_trigger(request, request.n_done)
         self.table.set_trigger(request.index, request.trigger)
 

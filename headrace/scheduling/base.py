@@ -41,8 +41,8 @@ class RequestView(NamedTuple):
     """Committed slots by pool of pages (for a waiting request: those that a prefix hit would bring)."""
     pages: tuple[int, ...]
     """Pages held by pool (for a waiting request: those that a prefix hit would bring)."""
-    idle_hits: int = 0
-    """Pages of the hit that count as free now and would stop being so."""
+    idle_hits: tuple[int, ...] = ()
+    """Pages of the hit by pool that count as free now and would stop being so; empty: none."""
     scratch: int = 0
     """Slots behind the rows that the step may write too."""
     most_slots: int = 2**31
@@ -179,7 +179,7 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
                 continue
             schedule.admitted.append(view.key)
             running += 1
-            free = [f - view.idle_hits for f in free]
+            free = list(_beside_hit(view, free))
         free = [f - n for f, n in zip(free, pages_needed(view, rows, snapshot.page_size), strict=True)]
         schedule.grants[view.key] = rows
         left -= rows
@@ -204,12 +204,17 @@ def _may_start(
     """Whether a waiting request can be admitted beside `running` others."""
     if running >= snapshot.max_running:
         return False
-    spare = tuple(f - view.idle_hits for f in free)
+    spare = _beside_hit(view, free)
     need = pages_needed(view, view.most, snapshot.page_size)
     if view.most_pages:
         need = tuple(map(min, need, view.most_pages))
     fits = all(n <= s for n, s in zip(need, spare, strict=True))
     return fits and (not running or policy.admits(view, need, spare, running))
+
+
+def _beside_hit(view: RequestView, free: Sequence[int]) -> tuple[int, ...]:
+    """Free pages by pool once the request has taken its hit."""
+    return tuple(f - n for f, n in zip(free, view.idle_hits, strict=True)) if view.idle_hits else tuple(free)
 
 
 def _makes_room(

@@ -213,6 +213,23 @@ def test_a_hit_changes_no_token(name: str) -> None:
         assert first.tokens == serve(coded_engine(name, enable_prefix_caching=False), whole).tokens
 
 
+@pytest.mark.parametrize("name", SEALING)
+def test_a_long_hit_starts_although_there_are_few_open_pages(name: str) -> None:
+    """Idle pages of a hit count pool by pool: there are many sealed ones, and room for one request's open ones."""
+    engine = coded_engine(name, page_size=1, max_num_seqs=1, num_pages=97)
+    prompt = (*PROMPTS[3], *PROMPTS[2])
+    first = serve(engine, prompt, max_tokens=20)
+    assert len(prompt) > 2 * engine.cache.available[0]
+    (again,) = engine.add(prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True), request_id="again")
+    hit = 0
+    while engine.has_work:
+        engine.step()
+        hit = max(hit, again.hit_tokens)
+    assert hit > 2 * engine.cache.available[0]
+    assert again.tokens == first.tokens
+    engine.check_idle()
+
+
 @pytest.mark.parametrize("name", CODED)
 def test_shared_pages_keep_their_contents(name: str) -> None:
     """Others read, fork, seal and end: no published page changes while it is held."""
@@ -274,12 +291,12 @@ def test_a_record_taken_at_any_step_continues_with_the_same_tokens(name: str) ->
         for _ in range(stop_after):
             engine.step()
         record = engine.export(request)
-        other = coded_engine(name)
+        other = coded_engine(name, max_num_batched_tokens=11)
         resumed = other.resume(record)
         run_all(other)
         assert resumed.tokens == expected
         different = "fp8" if name == PLAIN else PLAIN
-        with pytest.raises(RequestError, match=f"held with codec='{name}', here with '{different}'"):
+        with pytest.raises(RequestError, match=f"kept with codec='{name}'.*, here with codec='{different}'"):
             coded_engine(different).resume(record)
 
 

@@ -43,6 +43,6 @@ def test_measured_loss(codec: str, capsys: pytest.CaptureFixture[str]) -> None:
             f"\n{codec}: KL {kl:.2e} nats a token, top-1 agreement {agree:.1%}, "
             f"{coded_bytes / full_bytes:.1%} of the bytes of float32 pages"
         )
-    assert 0 < kl < 5e-3
-    assert agree > 0.97
+    assert 0 < kl < 1e-2
+    assert agree > 0.95
     assert coded_bytes < full_bytes
