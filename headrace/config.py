@@ -49,6 +49,9 @@ class EngineConfig:
     )
     cache_budget: int | None = option(None, "slots (tokens) of each cache cell that a request keeps; needs an evictor")
     cache_interval: int = option(128, "tokens from one eviction to the next")
+    codec: str = option("model", "what the cache holds keys and values in, a name from docs/systems.md")
+    selector: str = option("all", "what rows read of the cache, a name from docs/systems.md")
+    selector_budget: int | None = option(None, "older slots (tokens) that a row reads at most; needs a selector")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
         None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
@@ -72,6 +75,7 @@ class EngineConfig:
             ("max_num_batched_tokens", 1),
             ("num_pages", 2),
             ("cache_budget", 1),
+            ("selector_budget", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:

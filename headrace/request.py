@@ -14,7 +14,7 @@ from typing import Any
 from headrace.errors import HeadraceError, InvariantError, RequestError
 from headrace.params import SamplingParams
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 NEVER = 2**30
 """A token index that is never reached."""
 
@@ -105,13 +105,15 @@ class Request:
     top_logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
-    """Page ids by group, in the order of slots; the first `freed` of a group have been given back and are trash."""
+    """Page ids by pool, in the order of slots; the first `freed` of a pool have been given back and are trash."""
     freed: list[int] = field(default_factory=list)
-    """Pages by group that lie behind the window and were given back."""
+    """Pages by pool that no later row sees and that were given back: behind the window, or sealed."""
     dropped: list[int] = field(default_factory=list)
     """Tokens by group whose slots were evicted: the cache holds `n_done` minus these."""
     evictor: str = ""
     """Which of the engine's evictors bounds its cache."""
+    cache_law: str = ""
+    """The options of the engine's cache that its tokens depend on."""
     cache_budget: int = 0
     """Slots that a cell keeps at an eviction; 0: all."""
     exact_len: int = NEVER
@@ -202,6 +204,7 @@ class Request:
             "top_logprobs": [_plain(p) for p in self.top_logprobs],
             "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
             "preemptions": self.preemptions,
+            "cache_law": self.cache_law,
             "eviction": [self.evictor, self.cache_budget, self.exact_len],
             "priority": self.priority,
             "deadline_left_s": left_s,

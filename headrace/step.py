@@ -8,6 +8,7 @@ ghost that padding points at), G cache groups, A position axes, M output rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,6 +41,59 @@ class LayerState:
     """Axes of a fixed state, those of one request."""
     ring: int = 0
     """Rows of a request that a step may evaluate and not accept; a decoder that drafts more is refused."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One array of a class of pages: an entry for each slot, [L, K, P, S, *shape], or for each page, [L, K, P, *shape].
+
+    Letters: L layers of a group, K key/value heads, P pages, S slots in a page.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Axes of one entry."""
+    dtype: torch.dtype
+    by_page: bool = False
+    """One entry a page; such planes can only be sealed, not written slot by slot."""
+
+
+@dataclass(frozen=True)
+class PageClass:
+    """What the pages of one pool hold."""
+
+    name: str
+    planes: tuple[Plane, ...]
+
+    def bytes_per_page(self, kv_heads: int, page_size: int) -> int:
+        """Bytes of one page in one layer."""
+        entries = sum((1 if p.by_page else page_size) * math.prod(p.shape) * p.dtype.itemsize for p in self.planes)
+        return kv_heads * entries
+
+
+class PageCodec(Protocol):
+    """What the cache manager asks of a codec (headrace/codecs/base.py says more)."""
+
+    @property
+    def open_pages(self) -> int:
+        """Most pages of the first class that a request holds, 0 if there is no other."""
+        ...
+
+    def classes(self, state: LayerState) -> Sequence[PageClass]:
+        """The classes of a layer's pages: the open one, to which rows are written, and the sealed one if there is."""
+        ...
+
+    def decode(self, number: int, planes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., P, S, D] of pages of a class, from its planes [..., P, S, *] or [..., P, *]."""
+        ...
+
+    def seal(self, planes: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The planes of sealed pages, from those of the open ones."""
+        ...
+
+    def sealed(self, n_tokens: int) -> int:
+        """Slots that are sealed when so many are committed, in whole pages."""
+        ...
 
 
 class Scan(Protocol):

@@ -35,6 +35,7 @@ class RequestTable:
         rows = max_reqs + 1
         self.n_tok = self._table("n_tok", (rows,))  # tokens known
         self.n_done = self._table("n_done", (rows,))  # tokens whose cache is committed
+        self.prompt_len = self._table("prompt_len", (rows,))  # tokens of the prompt
         self.pos_off = self._table("pos_off", (rows,))  # RoPE position of a token minus its index
         self.limit = self._table("limit", (rows,), fill=FAR)  # bound on n_tok
         self.trigger = self._table("trigger", (rows,), fill=FAR)  # token index at which a cache policy acts next
@@ -68,6 +69,7 @@ class RequestTable:
         values = {
             "n_tok": request.n_tok,
             "n_done": request.n_done,
+            "prompt_len": request.prompt_len,
             "pos_off": 0,
             "limit": request.limit,
             "trigger": request.trigger,

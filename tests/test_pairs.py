@@ -82,3 +82,12 @@ def test_pair(one: Part[Any], other: Part[Any], checkpoint: str) -> None:
     for prompt in [*PROMPTS, PROMPTS[0]]:
         alone += serve(make_engine(enable_prefix_caching=False, max_num_seqs=1, **options), [prompt], params)
     assert together == alone
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, id=part.name) for seam in REGISTRIES for part in seam])
+def test_every_part_starts_alone(part: Part[Any], checkpoint: str) -> None:
+    """Otherwise its pairs would all be refused, and nothing would be tested."""
+    options, params = settings((part,), checkpoint)
+    engine, refusal = start(options)
+    assert engine is not None, refusal
+    assert len(serve(engine, [PROMPTS[0]], params)[0]) > 0

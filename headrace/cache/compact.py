@@ -53,8 +53,11 @@ def _places(pages: Sequence[int], slot: Tensor, page_size: int) -> Tensor:
 
 
 def gather(pool_LKPSD: Tensor, pages: Sequence[int], slot_LKx: Tensor) -> Tensor:
-    """A copy [L, K, x, D] of slots, each cell its own; `pages` are those of the request."""
-    layers, heads, _, page_size, _ = pool_LKPSD.shape
+    """A copy [L, K, x, D] of slots of a plane, each cell its own; `pages` are those of the request.
+
+    The axis D stands for any number of axes, none included.
+    """
+    layers, heads, _, page_size = pool_LKPSD.shape[:4]
     place_LKx = _places(pages, slot_LKx, page_size)
     layer_L11 = torch.arange(layers, device=slot_LKx.device)[:, None, None]
     head_K1 = torch.arange(heads, device=slot_LKx.device)[:, None]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from headrace.registry import Registry
 
@@ -24,7 +25,7 @@ class PrefixNode:
     key: bytes
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
-    """The page of this unit in each group; 0 where it has been given to somebody else."""
+    """The page of this unit in each pool; 0 where there is none, or it has been given to somebody else."""
 
 
 @REUSE.register(
@@ -39,10 +40,14 @@ class PrefixNode:
 class PrefixIndex:
     """Published units by key."""
 
-    def __init__(self, unit: int, namespace: str, windows: Sequence[int] = ()) -> None:
-        """`windows`: tokens that a row sees, by group; 0: all. A prefix needs no pages behind the window."""
+    def __init__(self, unit: int, namespace: str, seen: Sequence[Callable[[int], range] | None] = ()) -> None:
+        """`seen`: by pool the units that rows from a token index on read there; None: all before it.
+
+        A prefix needs pages only where they are seen: a window's are those before its end, sealed pages stand in
+        front of open ones.
+        """
         self.unit = unit
-        self.windows = tuple(windows)
+        self._seen = tuple(seen)
         self._root = hashlib.blake2b(namespace.encode(), digest_size=16).digest()
         self._nodes: dict[bytes, PrefixNode] = {}
         self._by_page: dict[tuple[int, int], bytes] = {}
@@ -65,21 +70,22 @@ class PrefixIndex:
                 return
             yield node
 
-    def first_seen(self, group: int, tokens: int) -> int:
-        """The first unit that rows from index `tokens` on see in a group."""
-        window = self.windows[group] if self.windows else 0
-        return max(0, tokens - window + 1) // self.unit if window else 0
+    def seen(self, pool: int, tokens: int) -> range:
+        """The whole units that rows from index `tokens` on see in a pool."""
+        rule = self._seen[pool] if self._seen else None
+        return rule(tokens) if rule else range(tokens // self.unit)
 
     def usable(self, nodes: Sequence[PrefixNode]) -> int:
-        """Units of a chain up to the last place where every group has the pages that the next token sees."""
-        if not any(self.windows):
+        """Units of a chain up to the last place where every pool has the pages that the next token sees."""
+        if not any(self._seen):
             return len(nodes)
-        best, unbroken = 0, [0] * len(self.windows)
-        for k, node in enumerate(nodes, 1):
-            unbroken = [n + 1 if page else 0 for n, page in zip(unbroken, node.pages, strict=True)]
-            if all(n >= k - self.first_seen(g, k * self.unit) for g, n in enumerate(unbroken)):
-                best = k
-        return best
+        # Pages that the first units have, by pool and number of units.
+        have = [list(accumulate((page > 0 for page in column), initial=0)) for column in zip(*(n.pages for n in nodes))]
+        for k in range(len(nodes), 0, -1):
+            needed = [self.seen(pool, k * self.unit) for pool in range(len(have))]
+            if all(sums[r.stop] - sums[r.start] == len(r) for sums, r in zip(have, needed, strict=True)):
+                return k
+        return 0
 
     def publish(self, key: bytes, tokens: Sequence[int], pages: Sequence[int]) -> bool:
         """Enter a unit. False if the key is known already; the caller's pages then stay private, but for those that
@@ -89,24 +95,24 @@ class PrefixIndex:
         if node is None:
             node = self._nodes[key] = PrefixNode(key, tuple(tokens), (0,) * len(pages))
         if node.tokens == tuple(tokens):
-            lost = [group for group, page in enumerate(pages) if page and not node.pages[group]]
-            self._by_page.update({(group, pages[group]): key for group in lost})
+            lost = [pool for pool, page in enumerate(pages) if page and not node.pages[pool]]
+            self._by_page.update({(pool, pages[pool]): key for pool in lost})
             node.pages = tuple(mine or page for mine, page in zip(node.pages, pages, strict=True))
         return not known
 
-    def holds(self, group: int, page: int) -> bool:
+    def holds(self, pool: int, page: int) -> bool:
         """Whether the page belongs to a published unit."""
-        return (group, page) in self._by_page
+        return (pool, page) in self._by_page
 
-    def forget(self, group: int, page: int) -> PrefixNode | None:
-        """The page is given to somebody else. Takes out the unit that it belongs to, whose other groups' pages are no
-        longer published; a unit that loses a window's page is good for longer prefixes and stays."""
-        key = self._by_page.pop((group, page), None)
+    def forget(self, pool: int, page: int) -> PrefixNode | None:
+        """The page is given to somebody else. Takes out the unit that it belongs to, whose other pools' pages are no
+        longer published; a unit that loses a page that not every row sees is good for other prefixes and stays."""
+        key = self._by_page.pop((pool, page), None)
         if key is None:
             return None
         node = self._nodes[key]
-        node.pages = (*node.pages[:group], 0, *node.pages[group + 1 :])
-        if self.windows and self.windows[group] and any(node.pages):
+        node.pages = (*node.pages[:pool], 0, *node.pages[pool + 1 :])
+        if self._seen and self._seen[pool] and any(node.pages):
             return None
         del self._nodes[key]
         for other, twin in enumerate(node.pages):

@@ -12,20 +12,22 @@ import bisect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
+from headrace.codecs.base import Codec, load_codecs
+from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
 from headrace.engine.graphs import StepGraphs
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.engine.upkeep import Upkeep
-from headrace.errors import InvariantError, NumericalError, RequestError
-from headrace.eviction.base import Unit, budget_of, finest, load_evictors
+from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
+from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
@@ -34,6 +36,7 @@ from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
+from headrace.selection.base import Selector, load_selector
 from headrace.tables import MAX_STOP_IDS, RequestTable
 
 log = logging.getLogger("headrace")
@@ -100,14 +103,21 @@ class Engine:
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
         self.evictors = load_evictors(config, model.layer_states())
         own_models = [own for decoder in self.decoders.values() for own in decoder.models]
-        streams = _streams([model, *own_models], finest(list(self.evictors.values())))
+        self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
+        self.selector = load_selector(config, model.layer_states())
+        check_cache_parts(config, self.codec, self.selector, self.evictors)
+        codecs = [self.codec, *(own_codec for _ in own_models)]
+        # Decoders' own models keep and read everything.
+        forms = [self._form(), *(own_codec.form(self.device) for _ in own_models)]
+        unit = finest(list(self.evictors.values()))
+        streams = _streams([model, *own_models], codecs, forms, unit)
         groups = [group for found in streams.values() for group in found]
         state_groups = group_states(model.layer_states())
         for name, part in self.decoders.items():
             own_states = [state for own in part.models for state in own.layer_states()]
             check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
-        n_pages = choose_pages(config, groups, self.dtype, self.device, wished_len, fixed_bytes)
+        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
@@ -120,11 +130,11 @@ class Engine:
             page_size=config.page_size,
             max_reqs=config.max_num_seqs,
             max_len=self.max_model_len,
-            dtype=self.dtype,
             device=self.device,
             # A hit would need the states at its end, and none are kept.
             prefix_caching=config.enable_prefix_caching and not state_groups,
-            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size}",
+            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size} "
+            f"codec {config.codec}",
         )
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
@@ -136,7 +146,9 @@ class Engine:
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked
         self._flight: _Flight | None = None
-        self.upkeep = Upkeep(self.cache, self.table, self.evictors, self.runner.target.groups)
+        self.upkeep = Upkeep(
+            self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
+        )
         self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
@@ -151,6 +163,22 @@ class Engine:
         self._by_id: dict[str, list[Request]] = {}
         self._arrivals = 0
         self._next_deadline_s = math.inf  # no deadline of an unfinished request is earlier
+
+    def _form(self) -> Form:
+        """How the attention of the model that decodes reads its cache."""
+        if not self.selector.selects:
+            return self.codec.form(self.device)
+        return Selected(self.codec, self.selector)
+
+    @property
+    def cache_law(self) -> str:
+        """The options of the cache that tokens depend on."""
+        config = self.config
+        law = f"codec={config.codec!r}, selector={config.selector!r}"
+        if self.selector.selects:
+            law += f", selector_budget={config.selector_budget}"
+        # What is sealed or selected is whole pages.
+        return f"{law}, page_size={config.page_size}" if self.selector.selects or self.codec.seal_interval else law
 
     # Requests come and go
 
@@ -208,6 +236,11 @@ class Engine:
         """Queue a request from its portable record; it continues with the tokens it would have had."""
         params = SamplingParams.from_dict(record["params"])
         evictor, budget, exact_len = record["eviction"]
+        if record["cache_law"] != self.cache_law:
+            raise RequestError(
+                f"the record's cache is kept with {record['cache_law']}, here with {self.cache_law}, so the tokens "
+                "would differ: use an engine with the same options"
+            )
         derived = self._derived(
             params, record["prompt_len"], record["seed"], record["sample"], evictor=evictor, cache_budget=budget or None
         )
@@ -379,8 +412,8 @@ class Engine:
 
     def _view(self, request: Request) -> RequestView:
         running = request.index >= 0
-        groups = len(self.cache.groups)
-        clocks, idle = self._clocks(request), 0
+        clocks = self._clocks(request)
+        idle: tuple[int, ...] = ()
         parent = self._parent_to_fork(request)
         if parent is not None:
             clocks = clocks._replace(n_done=request.prompt_len - 1)
@@ -392,7 +425,7 @@ class Engine:
         if running and clocks.n_tok > request.n_tok and clocks.n_tok >= request.limit:
             demand = Demand(0, 0)  # the running step ends it
         # No row passes a trigger: behind it rows see what the upkeep leaves.
-        room = (request.trigger if running else request.exact_len) - done
+        room = (request.trigger if running else self.upkeep.first_trigger(request, done)) - done
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
@@ -403,8 +436,8 @@ class Engine:
             scratch=demand.scratch,
             most_slots=request.limit,
             decoding=running and clocks.n_tok - done == 1,
-            kv_len=tuple(request.slots(g) + ahead for g in range(groups)) if running else (done,) * groups,
-            pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
+            kv_len=self.cache.pool_slots(request, ahead) if running else (done,) * len(self.cache.pools),
+            pages=tuple(map(len, request.pages)) if running else self.cache.prefix_pages(done),
             idle_hits=idle,
             priority=request.priority,
             most_pages=self.upkeep.most_pages(self.budget + demand.scratch),
@@ -445,7 +478,7 @@ class Engine:
                 self.stats.forks += 1
             else:
                 self.cache.admit(request, request.index)
-            request.trigger = request.exact_len
+            request.trigger = self.upkeep.first_trigger(request, request.n_done)
             self.table.admit(request, request.index)
             self.states.admit(request.index)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
@@ -658,10 +691,14 @@ class Engine:
             )
         asked = (evictor, cache_budget) if evictor else (params.evictor, params.cache_budget)
         name, budget = budget_of(self.evictors, *asked, self.config.cache_budget)
+        exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
+        if self.selector.selects:  # later rows pass over parts of the cache
+            exact_len = min(exact_len, prompt_len)
         return {
             "evictor": name,
+            "cache_law": self.cache_law,
             "cache_budget": budget,
-            "exact_len": self.evictors[name].next_trigger(prompt_len, 0, budget),
+            "exact_len": exact_len,
             "decoder": decoder,
             # Requests with another decoder may lack the cache of this decoder's own models.
             "salt": decoder.encode() if self.decoders[decoder].models else b"",
@@ -695,17 +732,35 @@ def _decoder_names(config: EngineConfig) -> list[str]:
     return list(dict.fromkeys([*names, PLAIN]))
 
 
-def _streams(models: Sequence[CausalLM], unit: Unit) -> dict[Stream, list[CacheGroup]]:
+def _streams(
+    models: Sequence[CausalLM], codecs: Sequence[Codec], forms: Sequence[Form], unit: Unit
+) -> dict[Stream, list[CacheGroup]]:
     """Layers and cache groups of several models, numbered one after the other. `unit` is what may have a length of its
     own in the first, which decodes."""
     streams: dict[Stream, list[CacheGroup]] = {}
     first_layer = first_group = 0
-    for model in models:
+    for model, codec, form in zip(models, codecs, forms, strict=True):
         states = model.layer_states()
-        groups = group_layers(states, first_layer, split=unit != "request" and not streams)
-        streams[Stream(model, first_layer, range(first_group, first_group + len(groups)))] = groups
+        groups = group_layers(states, codec, first_layer, split=unit != "request" and not streams)
+        of_model = range(first_group, first_group + len(groups))
+        streams[Stream(model, first_layer, of_model, form)] = groups
         first_layer, first_group = first_layer + len(states), first_group + len(groups)
     return streams
+
+
+def check_cache_parts(config: EngineConfig, codec: Codec, selector: Selector, evictors: Mapping[str, Evictor]) -> None:
+    """Raise ConfigError for a codec or a selector that stands on whole pages beside an evictor that moves slots."""
+    moving = [name for name, evictor in evictors.items() if evictor.evicts]
+    if codec.seal_interval and moving:
+        raise ConfigError(
+            f"codec={config.codec!r} seals whole pages, and evictor={moving[0]!r} moves slots out of them: load one of "
+            "the two"
+        )
+    if selector.selects and moving:
+        raise ConfigError(
+            f"selector={config.selector!r} chooses among whole pages of tokens, and evictor={moving[0]!r} moves slots "
+            "between them: load one of the two"
+        )
 
 
 def check_urgency(priority: int, deadline_s: float | None) -> None:

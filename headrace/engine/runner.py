@@ -19,10 +19,11 @@ from torch import Tensor
 
 from headrace.cache.manager import CacheManager
 from headrace.cache.states import StateStore
+from headrace.codecs.forms import Form, GroupStep
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
 from headrace.engine.graphs import BUCKETS, Sheet, StepGraphs, ghost_grants
-from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
+from headrace.kernels.attention import AttentionRows
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.models.base import CausalLM
 from headrace.request import Request
@@ -117,6 +118,8 @@ class Stream:
     model: CausalLM
     first_layer: int
     groups: range
+    form: Form
+    """How its attention reads the cache."""
 
 
 class _Context:
@@ -124,22 +127,31 @@ class _Context:
 
     def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span] | None) -> None:
         self._cache = runner.cache
-        self._table = runner.table
-        self._first_layer = stream.first_layer
+        self._first_layer, self._form = stream.first_layer, stream.form
         self.states = runner.states.step(rows.reqs, rows.row_ptr)
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
         masks = (rows.bits, rows.words.flatten()) if runner.has_trees else (None, None)
-        self._rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
+        attention_rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
         req_R = rows.req.long()
-        self._plans: dict[int, AttentionPlan] = {}
-        self._place_R: dict[int, Tensor] = {}
-        page_size = runner.cache.page_size
+        self._plans: dict[int, Any] = {}
+        cache = runner.cache
         for g in stream.groups:
-            page_table_BP = runner.cache.page_table_GBP[g]
             kv_len_B = runner.table.kv_len[g]
-            self._place_R[g] = runner.cache.place(g, req_R, kv_len_B[req_R] + rows.dst)
-            self._plans[g] = plan_attention(self._rows, page_table_BP, kv_len_B, page_size, spans)
+            place_R = cache.place(g, req_R, kv_len_B[req_R] + rows.dst)
+            window = cache.groups[g].state.window
+            self._plans[g] = stream.form.plan(
+                GroupStep(
+                    attention_rows,
+                    place_R,
+                    cache.page_tables(g),
+                    kv_len_B,
+                    cache.page_size,
+                    window,
+                    spans,
+                    runner.table.prompt_len,
+                )
+            )
 
     def attend(
         self,
@@ -154,23 +166,16 @@ class _Context:
     ) -> Tensor:
         """Write the rows' keys and values, then attend."""
         layer += self._first_layer
-        g = self._cache.group_of(layer)
-        k_KPSD, v_KPSD = self._cache.layer_pools(layer)
-        write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, self._place_R[g])
-        out_RHD, _ = attend(
+        return self._form.attend(
+            self._plans[self._cache.group_of(layer)],
+            self._cache.layer_planes(layer),
             q_RHD,
-            self._rows,
-            k_KPSD,
-            v_KPSD,
-            self._cache.page_table_GBP[g],
-            self._table.kv_len[g],
+            k_RKD,
+            v_RKD,
             scale=scale,
-            window=self._cache.groups[g].state.window,
             softcap=softcap,
             sinks_H=sinks_H,
-            plan=self._plans[g],
         )
-        return out_RHD
 
     def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
         """Scan the rows from the layer's states."""
@@ -251,7 +256,7 @@ class Runner:
 
     def _padding(self, granted: Sequence[Granted], processors: ProcessorRequests) -> list[int] | None:
         """Rows of the ghosts that a step is padded with to be recorded or replayed; None: it runs as it is."""
-        if self.graphs is None or processors or self.states.groups:
+        if self.graphs is None or processors or self.states.groups or not self.target.form.captures:
             return None
         names = {g.request.decoder for g in granted}
         wide = any(g.request.params.logprobs is not None or g.request.scores_prompt for g in granted)

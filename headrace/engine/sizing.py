@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 
-from headrace.cache.manager import CacheGroup, bytes_per_page
+from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
 from headrace.errors import CapacityError, ConfigError
 
@@ -63,7 +64,6 @@ def available_memory_bytes(device: torch.device) -> int:
 def choose_pages(
     config: EngineConfig,
     groups: Sequence[CacheGroup],
-    dtype: torch.dtype,
     device: torch.device,
     max_len: int,
     state_bytes: int = 0,
@@ -78,7 +78,6 @@ def choose_pages(
             f"num_pages is {config.num_pages}, but no layer of the model keeps pages: leave it out; "
             "max_num_seqs bounds the fixed states"
         )
-    page_bytes = bytes_per_page(groups, config.page_size, dtype)
     useful = 1 + config.max_num_seqs * -(-max_len // config.page_size)
     if config.num_pages is not None:
         return config.num_pages
@@ -103,13 +102,18 @@ def choose_pages(
     budget -= state_bytes
     if not groups:
         return useful
-    pages = min(budget // page_bytes, useful)
+
+    def size(pages: int) -> int:
+        return cache_bytes(groups, pages, config.page_size, config.max_num_seqs)
+
+    # The most pages that fit; of classes that are not kept for all tokens there are fewer.
+    pages = bisect.bisect_right(range(useful + 1), budget, key=size) - 1
     if pages < 2:
         raise CapacityError(
-            f"{max(budget, 0) / 2**20:.1f} MiB for the cache hold no page of {page_bytes / 2**20:.2f} MiB: "
+            f"{max(budget, 0) / 2**20:.1f} MiB for the cache hold no page of {size(1) / 2**20:.2f} MiB: "
             "free memory, or raise gpu_memory_utilization or kv_cache_gib"
         )
-    return int(pages)
+    return pages
 
 
 def fit_length(config: EngineConfig, model_len: int, n_pages: int) -> int:

@@ -1,4 +1,5 @@
-"""Upkeep of the cache, right after a commit: pages behind a window go back, and caches due for it are compacted.
+"""Upkeep of the cache, right after a commit: pages behind a window go back, and caches due for it are compacted or
+sealed.
 
 A compaction that has to copy shared pages may lack room for that. Then the request waits, in its place and without
 rows, until others have given pages back; what it keeps is settled already, so the wait changes no result. The first
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from headrace.cache.manager import CacheManager
+from headrace.codecs.base import Codec
 from headrace.errors import InvariantError
 from headrace.eviction.base import Cells, Evictor, select
 from headrace.request import Request
+from headrace.selection.base import Selector
 from headrace.tables import RequestTable
 
 
@@ -31,6 +34,8 @@ class UpkeepStats:
     """Compactions that took fresh pages, because others see the old ones."""
     waits: int = 0
     """Compactions that had to wait for pages."""
+    seals: int = 0
+    """Times that whole pages of a request were sealed."""
 
 
 class Upkeep:
@@ -38,34 +43,70 @@ class Upkeep:
 
     Args:
         evictors: by name.
+        codec, selector: of the model that decodes.
         groups: cache groups of the model that decodes; those of decoders' own models keep everything.
     """
 
     def __init__(
-        self, cache: CacheManager, table: RequestTable, evictors: Mapping[str, Evictor], groups: range
+        self,
+        cache: CacheManager,
+        table: RequestTable,
+        evictors: Mapping[str, Evictor],
+        codec: Codec,
+        selector: Selector,
+        groups: range,
     ) -> None:
-        self.cache, self.table, self.evictors, self.groups = cache, table, evictors, groups
+        self.cache, self.table, self.groups = cache, table, groups
+        self.evictors, self.codec, self.selector = evictors, codec, selector
         self.stats = UpkeepStats()
         self._has_windows = any(cache.groups[g].state.window for g in groups)
         self._due: dict[int, tuple[Request, dict[int, Tensor]]] = {}
 
     def most_pages(self, rows: int) -> tuple[int, ...]:
-        """Pages by group that a request holds at most in steps of so many rows; empty: no group bounds them."""
-        if not self._has_windows:
+        """Pages by pool that a request holds at most in steps of so many rows; empty: no pool bounds them."""
+        if not self._has_windows and not self.codec.open_pages:
             return ()
         size = self.cache.page_size
-        windows = [group.state.window if g in self.groups else 0 for g, group in enumerate(self.cache.groups)]
-        return tuple(-(-(w - 1 + rows) // size) + 1 if w else self.cache.n_pages for w in windows)
+        most = [self.cache.n_pages] * len(self.cache.pools)
+        for g in self.groups:
+            window = self.cache.groups[g].state.window
+            if window:
+                most[g] = -(-(window - 1 + rows) // size) + 1
+            elif self.codec.open_pages:
+                most[g] = self.codec.open_pages
+        return tuple(most)
+
+    def first_trigger(self, request: Request, n_done: int) -> int:
+        """The token index at which the request first sees less, or sees it otherwise, than at `n_done` cached tokens.
+
+        Hits end before the first eviction, so that is always ahead.
+        """
+        evictor = self.evictors[request.evictor]
+        eviction = evictor.next_trigger(request.prompt_len, 0, request.cache_budget)
+        return min(eviction, self.codec.next_seal(n_done), self.selector.next_base(n_done))
 
     def after_commit(self, request: Request) -> None:
         """The request goes on behind this commit."""
         if self._has_windows:
             self.cache.free_behind(request, self.groups)
-        if request.n_done == request.trigger:
+        if request.n_done < request.trigger:
+            return
+        if not self.evictors[request.evictor].evicts:
+            self._seal(request)
+        else:
             keep = {g: self._choose(request, g) for g in self.groups}
             self._due[request.arrival] = request, keep
             self._compact(request, keep)
             self.stats.waits += request.arrival in self._due
+
+    def _seal(self, request: Request) -> None:
+        """At the triggers of codec and selector, which have no evictor beside them."""
+        if request.n_done == self.codec.next_seal(request.n_done - 1):
+            with torch.inference_mode():
+                self.cache.seal(request)
+            self.stats.seals += 1
+        request.trigger = self.first_trigger(request, request.n_done)
+        self.table.set_trigger(request.index, request.trigger)
 
     def retry(self) -> None:
         """Compact what has waited for pages, the first in rank first."""

@@ -18,6 +18,7 @@ RECENT_SHARE = 4
     "key_norm",
     label="lossy",
     option='evictor="key_norm", cache_budget=<slots>',
+    example={"evictor": "key_norm", "cache_budget": 16},
     summary="Keeps the first four tokens, the most recent quarter, and the keys of the lowest norm, head by head.",
     source="arXiv 2406.11430",
     composes="everything; models with sliding-window layers are refused",

@@ -18,6 +18,7 @@ SINKS = 4
     "streaming_llm",
     label="lossy",
     option='evictor="streaming_llm", cache_budget=<slots>',
+    example={"evictor": "streaming_llm", "cache_budget": 16},
     summary="Keeps the first four tokens and the most recent ones.",
     source="arXiv 2309.17453; positions are not numbered anew",
     composes="everything; models with sliding-window layers are refused",

@@ -38,11 +38,11 @@ class RequestView(NamedTuple):
     decoding: bool
     """Whether the prompt is committed, so that every further step brings a token."""
     kv_len: tuple[int, ...]
-    """Committed slots by group (for a waiting request: those that a prefix hit would bring)."""
+    """Committed slots by pool of pages (for a waiting request: those that a prefix hit would bring)."""
     pages: tuple[int, ...]
-    """Pages held by group (for a waiting request: those that a prefix hit would bring)."""
-    idle_hits: int = 0
-    """Pages of the hit that count as free now and would stop being so."""
+    """Pages held by pool (for a waiting request: those that a prefix hit would bring)."""
+    idle_hits: tuple[int, ...] = ()
+    """Pages of the hit by pool that count as free now and would stop being so; empty: none."""
     scratch: int = 0
     """Slots behind the rows that the step may write too."""
     most_slots: int = 2**31
@@ -50,7 +50,7 @@ class RequestView(NamedTuple):
     priority: int = 0
     """The lower number goes first."""
     most_pages: tuple[int, ...] = ()
-    """Pages by group that the request holds at most, in steps of any size; empty: those of all its slots."""
+    """Pages by pool that the request holds at most, in steps of any size; empty: those of all its slots."""
     waits: bool = False
     """Whether it can have no rows until others give pages back."""
 
@@ -67,7 +67,7 @@ class Snapshot:
     running: Sequence[RequestView]
     waiting: Sequence[RequestView]
     free_pages: tuple[int, ...]
-    """Pages by group that can be had without preempting anybody."""
+    """Pages by pool that can be had without preempting anybody."""
     page_size: int
     budget: int
     """Rows a step at most."""
@@ -100,7 +100,7 @@ class SchedulerPolicy(Protocol):
         ...
 
     def admits(self, view: RequestView, need: tuple[int, ...], free: tuple[int, ...], running: int) -> bool:
-        """Whether a waiting request may start: `need` pages by group hold all it has pending, `free` are left
+        """Whether a waiting request may start: `need` pages by pool hold all it has pending, `free` are left
         beside `running` others."""
         ...
 
@@ -114,7 +114,7 @@ SCHEDULERS: Registry[SchedulerPolicy] = Registry("scheduler", "scheduler")
 
 
 def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...]:
-    """Fresh pages by group so that `rows` more slots fit behind the committed ones."""
+    """Fresh pages by pool so that `rows` more slots fit behind the committed ones."""
     return tuple(
         max(0, -(-min(length + rows + view.scratch, view.most_slots) // page_size) - held)
         for length, held in zip(view.kv_len, view.pages, strict=True)
@@ -181,7 +181,7 @@ def _compose_phase(policy: SchedulerPolicy, snapshot: Snapshot, order: Sequence[
                 continue
             schedule.admitted.append(view.key)
             running += 1
-            free = [f - view.idle_hits for f in free]
+            free = list(_beside_hit(view, free))
         free = [f - n for f, n in zip(free, pages_needed(view, rows, snapshot.page_size), strict=True)]
         schedule.grants[view.key] = rows
         left -= rows
@@ -206,12 +206,17 @@ def _may_start(
     """Whether a waiting request can be admitted beside `running` others."""
     if running >= snapshot.max_running:
         return False
-    spare = tuple(f - view.idle_hits for f in free)
+    spare = _beside_hit(view, free)
     need = pages_needed(view, view.most, snapshot.page_size)
     if view.most_pages:
         need = tuple(map(min, need, view.most_pages))
     fits = all(n <= s for n, s in zip(need, spare, strict=True))
     return fits and (not running or policy.admits(view, need, spare, running))
+
+
+def _beside_hit(view: RequestView, free: Sequence[int]) -> tuple[int, ...]:
+    """Free pages by pool once the request has taken its hit."""
+    return tuple(f - n for f, n in zip(free, view.idle_hits, strict=True)) if view.idle_hits else tuple(free)
 
 
 def _makes_room(

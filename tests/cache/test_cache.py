@@ -9,13 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.cache.manager import CacheManager, bytes_per_page, group_layers
+from headrace.cache.manager import CacheManager, cache_bytes, group_layers
 from headrace.cache.pages import PagePool
 from headrace.cache.prefix import PrefixIndex
+from headrace.codecs.base import Setup
+from headrace.codecs.model import ModelType
 from headrace.errors import ConfigError, InvariantError
 from headrace.params import SamplingParams
 from headrace.request import Request
 from headrace.step import LayerState
+
+CODEC = ModelType(Setup(torch.float32, 4))
 
 
 def make_request(tokens: list[int], **params: int) -> Request:
@@ -25,12 +29,11 @@ def make_request(tokens: list[int], **params: int) -> Request:
 def make_manager(n_pages: int = 16, page_size: int = 4, groups: int = 1, prefix: bool = True) -> CacheManager:
     states = [LayerState("paged", 1, 2, 2), *(LayerState("window", 1, 2, 2, window=8 * g) for g in range(1, groups))]
     return CacheManager(
-        group_layers(states),
+        group_layers(states, CODEC),
         n_pages=n_pages,
         page_size=page_size,
         max_reqs=8,
         max_len=64,
-        dtype=torch.float32,
         device=torch.device("cpu"),
         prefix_caching=prefix,
         namespace="test",
@@ -96,7 +99,7 @@ def test_the_last_token_is_always_left_to_compute() -> None:
     manager.release(first)
     assert manager.pools[0].held == 0
     assert manager.look_up(make_request(list(range(9)))) == (manager.look_up(make_request(list(range(9)))))
-    assert manager.look_up(make_request(list(range(9)))).idle_pages == 2
+    assert manager.look_up(make_request(list(range(9)))).idle_pages == (2,)
 
 
 def test_a_tail_is_forgotten_before_its_parent() -> None:
@@ -142,7 +145,7 @@ def test_books_balance_whatever_happens(groups: int, events: Counter[str]) -> No
                 request = make_request(tokens)
                 hit = manager.look_up(request)
                 fresh = -(-length // manager.page_size) - hit.tokens // manager.page_size
-                if fresh + hit.idle_pages > min(manager.available):
+                if any(fresh + idle > free for idle, free in zip(hit.idle_pages, manager.available, strict=True)):
                     events["full"] += 1
                     continue
                 request.index = min(set(range(8)) - {r.index for r in live})
@@ -190,8 +193,8 @@ def check_contents(
 
 def test_layers_group_by_what_they_keep() -> None:
     full, window = LayerState("paged", 2, 8, 8), LayerState("window", 2, 8, 8, window=16)
-    groups = group_layers([full, window, full, window, window])
+    groups = group_layers([full, window, full, window, window], CODEC)
     assert [g.layers for g in groups] == [(0, 2), (1, 3, 4)]
-    assert bytes_per_page(groups, 16, torch.float32) == 5 * 2 * 16 * 16 * 4
+    assert cache_bytes(groups, 3, 16, 1) == 3 * 5 * 2 * 16 * 16 * 4
     with pytest.raises(ConfigError, match="layer 0 keeps 'conv'"):
-        group_layers([LayerState("conv", 1, 1, 1)])
+        group_layers([LayerState("conv", 1, 1, 1)], CODEC)

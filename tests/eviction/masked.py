@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +57,15 @@ class Kept(NamedTuple):
     v_K: list[Tensor]
 
 
+Coded = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class MaskedCache:
     """All keys and values of one sequence, and which of them each head still sees."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, coded: Coded | None = None) -> None:
         self.states = model.layer_states()
+        self.coded = coded or (lambda k_RKD, v_RKD: (k_RKD, v_RKD))
         self.k: list[list[Tensor]] = [[] for _ in self.states]
         self.v: list[list[Tensor]] = [[] for _ in self.states]
         self.gone: list[list[set[int]]] = [[set() for _ in range(s.kv_heads)] for s in self.states]
@@ -105,6 +109,7 @@ class MaskedContext:
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
+        k_RKD, v_RKD = self.cache.coded(k_RKD, v_RKD)
         self.cache.k[layer] += list(k_RKD.clone())
         self.cache.v[layer] += list(v_RKD.clone())
         k_TKD, v_TKD = torch.stack(self.cache.k[layer]), torch.stack(self.cache.v[layer])
@@ -136,9 +141,10 @@ def run_masked(
     evictor: Evictor,
     budget: int,
     groups: Sequence[tuple[int, ...]],
+    coded: Coded | None = None,
 ) -> Masked:
-    """Evaluate the tokens from trigger to trigger."""
-    cache = MaskedCache(model)
+    """Evaluate the tokens from trigger to trigger. `coded`: what a codec makes of the rows' keys and values."""
+    cache = MaskedCache(model, coded)
     logits, after, done = [], {}, 0
     while done < len(tokens):
         trigger = evictor.next_trigger(prompt_len, done, budget)

@@ -203,8 +203,8 @@ def test_published_pages_survive_for_others(name: str) -> None:
     shared = [list(pages[: len(prompt) // 2]) for pages in reader.pages]
 
     def checksum() -> list[torch.Tensor]:
-        pools = zip(engine.cache._k_LKPSD, engine.cache._v_LKPSD, shared, strict=True)
-        return [pool[:, :, pages].clone() for k, v, pages in pools for pool in (k, v)]
+        pools = zip(engine.cache.planes, shared, strict=True)
+        return [plane[:, :, pages].clone() for planes, pages in pools for plane in planes]
 
     before = checksum()
     (writer,) = engine.add(prompt, bounded, request_id="writer")

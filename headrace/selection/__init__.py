@@ -1,0 +1,1 @@
+"""The selection seam: which pages of its cache a row reads. One file a method."""
