@@ -19,8 +19,11 @@ endif
 DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 64 --seed 1 --compare
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
+# Processes that share the GPU in `make test-gpu`.
+JOBS ?= 8
 # The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding tests/eviction tests/state
+SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding tests/eviction tests/state \
+    tests/codecs tests/selection
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"
 
@@ -66,8 +69,8 @@ test-all: lint
 	    HYPOTHESIS_PROFILE=searching $(PY) -m pytest -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
 
 test-gpu: $(DEVELOPMENT)
-	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs $(PYTEST_ARGS)
-	@HEADRACE_TEST_DEVICE=cuda $(PY) -m pytest $(SUITES) $(PYTEST_ARGS)
+	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs -n $(JOBS) $(PYTEST_ARGS)
+	@HEADRACE_TEST_DEVICE=cuda $(PY) -m pytest $(SUITES) -n $(JOBS) $(PYTEST_ARGS)
 
 bench: $(RUNTIME)
 	@$(PY) -m headrace.cli bench cpu

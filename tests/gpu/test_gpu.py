@@ -90,7 +90,7 @@ def test_the_bundled_model_says_the_same_on_both_devices() -> None:
 
 
 def test_bfloat16_is_the_gpus_own_type() -> None:
-    llm = LLM(device="auto", max_num_seqs=32)
+    llm = LLM(device="auto", max_num_seqs=32, kv_cache_gib=1.0)  # other tests run beside this one
     assert llm.engine.device.type == "cuda"
     assert llm.engine.dtype == torch.bfloat16
     outputs = llm.generate(["def f(x):\n"] * 40, SamplingParams(temperature=0.8, max_tokens=16, seed=0))
