@@ -8,6 +8,7 @@ size + 4 that a vector takes, 3 % for heads of 64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,15 @@ class Fp8(Codec):
         return self._decode(k, k_scale), self._decode(v, v_scale)
 
     def _decode(self, code: Tensor, scale: Tensor) -> Tensor:
-        return (code.view(torch.float8_e4m3fn).float() * scale[..., None]).to(self.dtype)
+        # A look-up takes a third of the time of torch's conversion on the CPU.
+        x = _numbers(code.device).index_select(0, code.flatten().int()).view(code.shape)
+        return (x * scale[..., None]).to(self.dtype)
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    """What each code stands for, float32 [256]."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 def _encode(x_RKD: Tensor) -> tuple[Tensor, Tensor]:

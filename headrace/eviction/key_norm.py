@@ -21,7 +21,7 @@ RECENT_SHARE = 4
     example={"evictor": "key_norm", "cache_budget": 16},
     summary="Keeps the first four tokens, the most recent quarter, and the keys of the lowest norm, head by head.",
     source="arXiv 2406.11430",
-    composes="everything; models with sliding-window layers are refused",
+    composes="everything; selectors that select and models with sliding-window layers are refused",
 )
 class KeyNorm(Evictor):
     """Each cell keeps its own slots; all have the same number."""

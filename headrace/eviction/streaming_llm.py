@@ -21,7 +21,7 @@ SINKS = 4
     example={"evictor": "streaming_llm", "cache_budget": 16},
     summary="Keeps the first four tokens and the most recent ones.",
     source="arXiv 2309.17453; positions are not numbered anew",
-    composes="everything; models with sliding-window layers are refused",
+    composes="everything; selectors that select and models with sliding-window layers are refused",
 )
 class StreamingLLM(Evictor):
     """Sinks and a window, the same in every cell. Reads no keys."""
