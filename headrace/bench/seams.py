@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     for size in arguments.batch_sizes:
         print(f"[{size} requests]", file=sys.stderr, flush=True)
-        ours, theirs = _prefilled(arguments, size), Loop(_prefilled(arguments, size))
+        # The loop takes over where nothing is running.
+        ours, theirs = _prefilled(arguments, size, None), Loop(_prefilled(arguments, size, False))
         blocks = range(arguments.repeats + 1)
         pairs = [(_seconds(ours.step, arguments.steps), _seconds(theirs.step, arguments.steps)) for _ in blocks]
         pairs = pairs[1:]  # the first pair warms up
@@ -78,7 +79,7 @@ def _seconds(step: object, count: int) -> float:
     return time.perf_counter() - start
 
 
-def _prefilled(arguments: argparse.Namespace, size: int) -> Engine:
+def _prefilled(arguments: argparse.Namespace, size: int, ahead: bool | None) -> Engine:
     """An engine whose requests have their prompts behind them and one new token each."""
     length = arguments.prompt + (arguments.repeats + 2) * arguments.steps
     llm = LLM(
@@ -86,6 +87,7 @@ def _prefilled(arguments: argparse.Namespace, size: int) -> Engine:
         load_format=arguments.load_format,
         device=arguments.device,
         kv_cache_gib=arguments.kv_cache_gib,
+        async_scheduling=ahead,
         skip_tokenizer_init=True,
         max_num_seqs=size,
         max_model_len=length + 8,

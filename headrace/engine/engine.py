@@ -616,6 +616,8 @@ class Engine:
         """
         if self._flight:
             raise InvariantError("the books can only be checked when no step is running: call step once more")
+        self.table.flush()
+        self.cache.flush()
         running = list(self._running.values())
         self.cache.audit(running)
         self.states.audit({request.index: request.n_done for request in running})

@@ -94,6 +94,7 @@ def launch_all() -> None:
 
     attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
     attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
+    attend_once(torch.bfloat16, 40, 4, 8, 2, 16, full=True, splits=True)
     attend_once(torch.float16, 300, 3, 8, 8, 80, full=False, splits=False)
     attend_once(torch.float32, 64, 8, 32, 8, 128, full=True, splits=True)
     attend_once(torch.float32, 33, 1, 6, 2, 5, full=False, splits=False)
