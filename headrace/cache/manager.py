@@ -123,6 +123,10 @@ class CacheManager:
         """Keys [K, P, S, D] and values [K, P, S, Dv] of one layer."""
         return self._views[layer]
 
+    def planes(self, group: int) -> tuple[Tensor, ...]:
+        """All that a group keeps of its pages: keys and values, [L, K, P, S, D] each."""
+        return self._k_LKPSD[group], self._v_LKPSD[group]
+
     def place(self, group: int, req_X: Tensor, slot_X: Tensor) -> Tensor:
         """Physical slots of a group, int64 [X], of slots by request index; slots outside the table are trash."""
         table_BP = self.page_table_GBP[group]
@@ -202,6 +206,14 @@ class CacheManager:
         self.hit_tokens += tokens
         self.queried_tokens += request.n_tok
 
+    def settle(self, request: Request, index: int, pages: list[list[int]]) -> None:
+        """Begin with these pages by group, to which the request has references already, but for trash behind a
+        window."""
+        request.pages = pages
+        for g, mine in enumerate(pages):
+            self._table.host[g, index, : len(mine)] = mine
+        self._table.touch(index)
+
     def can_fork(self, parent: Request, slots: int) -> bool:
         """Whether the parent still has all that a request sees that begins with its first `slots` tokens."""
         return not any(parent.dropped) and all(
@@ -232,13 +244,16 @@ class CacheManager:
                 pages.append(page)
         held = [len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)]
         request.peak_cache_slots = max(request.peak_cache_slots, max(held, default=0) * self.page_size)
-        request.peak_cache_bytes = max(request.peak_cache_bytes, self._bytes(held))
+        request.peak_cache_bytes = max(request.peak_cache_bytes, self.bytes_of_pages(held))
 
     def held_bytes(self, request: Request) -> int:
         """Bytes of the pages that a request holds now, shared ones included."""
-        return self._bytes([len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)])
+        return self.bytes_of_pages(
+            [len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)]
+        )
 
-    def _bytes(self, pages: Sequence[int]) -> int:
+    def bytes_of_pages(self, pages: Sequence[int]) -> int:
+        """Bytes of so many pages by group."""
         return sum(n * size for n, size in zip(pages, self._page_bytes, strict=False))
 
     def publish(self, request: Request) -> int:

@@ -18,8 +18,10 @@ from typing import Any
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
+from headrace.cache.swap import SwapSpace
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Setup
+from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.engine.upkeep import Upkeep
@@ -45,7 +47,7 @@ TokenHook = Callable[[Request, list[int]], str | None]
 
 
 @dataclass
-class EngineStats:
+class EngineStats(SwapStats):
     """Counters since the start."""
 
     requests: int = 0
@@ -127,6 +129,10 @@ class Engine:
         if config.max_num_batched_tokens is None:
             self.budget, self.step_times_s = measure_knee(self.runner.time_step, most_rows)
         self.stats = EngineStats()
+        limit_bytes = swap_space_bytes(config, self.device.type)
+        self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
+        row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
+        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats)
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}
@@ -258,6 +264,7 @@ class Engine:
         self.table.flush()
         self.cache.flush()
         report = self.runner.execute(granted, self._processor_rows(granted))
+        self.preemption.costs.saw_step(sum(g.rows for g in granted), self.runner.step_s)
         changed = self._collect(granted, report)
         if self.config.check_invariants:
             self.audit()
@@ -318,13 +325,21 @@ class Engine:
         groups = len(self.cache.groups)
         done, idle = request.n_done, 0
         parent = self._parent_to_fork(request)
-        if parent is not None:
+        spilled = self.swap.get(request)
+        trigger, kv_len, pages = request.exact_len, None, None
+        if spilled is not None:
+            done, trigger, kv_len = spilled.n_done, spilled.trigger, tuple(spilled.slots)
+            pages, idle = self.swap.view(request, spilled)
+        elif running:
+            trigger, kv_len = request.trigger, tuple(map(request.slots, range(groups)))
+            pages = tuple(map(len, request.pages))
+        elif parent is not None:
             done = request.prompt_len - 1
-        elif not running:
+        else:
             done, idle = self.cache.look_up(request)
         demand = self.decoders[request.decoder].demand(Clocks(request.n_tok, done, request.drafted, request.limit))
         # No row passes a trigger: behind it rows see what the upkeep leaves.
-        ahead = (request.trigger if running else request.exact_len) - done
+        ahead = trigger - done
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
@@ -335,8 +350,8 @@ class Engine:
             scratch=demand.scratch,
             most_slots=request.limit,
             decoding=running and request.pending == 1,
-            kv_len=tuple(map(request.slots, range(groups))) if running else (done,) * groups,
-            pages=tuple(map(len, request.pages)) if running else (done // self.cache.page_size,) * groups,
+            kv_len=(done,) * groups if kv_len is None else kv_len,
+            pages=(done // self.cache.page_size,) * groups if pages is None else pages,
             idle_hits=idle,
             priority=request.priority,
             most_pages=self.upkeep.most_pages(self.budget + demand.scratch),
@@ -348,6 +363,8 @@ class Engine:
         parent = request.parent
         if parent is None or parent.state is State.FINISHED or request.n_tok > request.prompt_len:
             return False
+        if self.swap.get(request) is not None:
+            return False
         if request.scores_prompt or request.prompt_len > request.exact_len:
             return False
         return parent.n_done < request.prompt_len - 1
@@ -357,6 +374,8 @@ class Engine:
         parent = request.parent
         if parent is None or request.index >= 0 or parent.index < 0 or request.scores_prompt:
             return None
+        if self.swap.get(request) is not None:
+            return None
         fresh = request.n_tok == request.prompt_len
         if not fresh or not parent.n_done >= request.prompt_len - 1 > 0 or request.prompt_len > request.exact_len:
             return None
@@ -364,22 +383,29 @@ class Engine:
 
     def _admit(self, schedule: Schedule) -> list[Granted]:
         """Take indices and pages for the grants."""
+        newcomers: list[Request] = []
         for key in schedule.admitted:
             place = next(i for i, r in enumerate(self._waiting) if r.arrival == key)  # near the front
-            request = self._waiting.pop(place)
+            newcomers.append(self._waiting.pop(place))
+        self.swap.claim(newcomers)
+        for request in newcomers:
             parent = self._parent_to_fork(request)
+            spilled = self.swap.get(request)
             request.move(State.RUNNING)
             request.index = self._free_indices.pop()
             self._running[request.arrival] = request
-            if parent is not None:
+            if spilled is not None:
+                self.preemption.come_back(request, request.index)
+            elif parent is not None:
                 # The last token of the prompt is evaluated again: each sample draws from its logits for itself.
                 self.cache.fork(parent, request, request.index, request.prompt_len - 1)
                 self.stats.forks += 1
             else:
                 self.cache.admit(request, request.index)
-            request.trigger = request.exact_len
-            self.table.admit(request, request.index)
-            self.states.admit(request.index)
+            if spilled is None:
+                request.trigger = request.exact_len
+                self.states.admit(request.index)
+            self.table.admit(request, request.index, spilled.clocks if spilled else None)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
             for processor in self._processors[request.index]:
                 processor.admit(request)
@@ -460,7 +486,9 @@ class Engine:
     # Ends
 
     def _preempt(self, request: Request) -> None:
-        """Give back everything but the tokens; the request waits in its old place and is recomputed."""
+        """Give back everything but the tokens; the request waits in its old place. It is evaluated again, unless its
+        cache has been copied to host memory."""
+        self.preemption.leave(request)
         self._leave(request)
         request.move(State.PREEMPTED)
         request.preemptions += 1
@@ -472,6 +500,7 @@ class Engine:
             self._leave(request)
         else:
             self._waiting.remove(request)
+            self.swap.drop(request)
         request.finish = finish
         request.finish_s = self.clock()
         if finish is Finish.ERROR:
@@ -507,6 +536,7 @@ class Engine:
         running = list(self._running.values())
         self.cache.audit(running)
         self.states.audit({request.index: request.n_done for request in running})
+        self.swap.audit(self._waiting)
         taken = {request.index for request in running}
         if len(taken) + len(self._free_indices) != self.config.max_num_seqs or taken & set(self._free_indices):
             raise InvariantError("request indices are lost or held twice")
@@ -536,6 +566,8 @@ class Engine:
             raise InvariantError(f"the engine is idle and holds pages: {held}")
         if not self.has_work and (len(self._free_indices) != self.config.max_num_seqs or self._by_id):
             raise InvariantError("the engine is idle and holds request indices")
+        if not self.has_work and len(self.swap):
+            raise InvariantError(f"the engine is idle and holds the caches of {len(self.swap)} requests in host memory")
 
     # Helpers
 

@@ -173,6 +173,7 @@ class Runner:
         self.states = states
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
+        self.step_s = 0.0  # seconds of the last step
         self.rows = RowTable.allocate(max_rows, table.ghost, table.ghost, 1, self.device)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
@@ -378,6 +379,7 @@ class Runner:
         times = self.times
         times.steps += 1
         times.rows += n_rows
+        self.step_s = clock[-1] - clock[0]
         stages = ("build_s", "body_s", "head_s", "draw_s", "commit_s")
         for name, (start, end) in zip(stages, itertools.pairwise(clock), strict=True):
             setattr(times, name, getattr(times, name) + end - start)
