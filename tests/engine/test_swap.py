@@ -343,6 +343,38 @@ def test_samples_and_their_first_one(n: int) -> None:
             assert [sample.tokens for sample in samples] == expected
 
 
+def test_a_swapped_sample_does_not_begin_again_as_a_fork() -> None:
+    """It began its prompt alone, because its first sample had evicted; that one begins again and could be forked."""
+    params = SamplingParams(n=2, temperature=0.9, seed=1, max_tokens=12, ignore_eos=True)
+    prompt = PROMPT[:14]
+    plain = evicting("streaming_llm", preemption="recompute")
+    expected = [sample.tokens for sample in plain.add(prompt, params, request_id="r")]
+    run_all(plain)
+    assert plain.stats.forks == 1
+    engine = evicting("streaming_llm", max_num_batched_tokens=4, enable_prefix_caching=False)
+    first, second = engine.add(prompt, params, request_id="r")
+    engine._waiting.remove(second)
+    while not any(first.dropped):
+        engine.step()
+    engine._waiting.append(second)
+    engine.step()
+    assert 0 < second.n_done < 13
+    engine._preempt(second)
+    engine._waiting.remove(second)
+    engine.preemption.mode = "recompute"
+    engine._preempt(first)
+    engine.audit = lambda: None  # type: ignore[method-assign]  # one that waits is out of the line
+    while first.n_done < 13:
+        engine.step()
+    assert engine.cache.can_fork(first, 13)
+    engine._waiting.append(second)
+    del engine.audit
+    run_all(engine)
+    engine.check_idle()
+    assert (engine.stats.forks, engine.stats.swaps) == (0, 1)
+    assert [first.tokens, second.tokens] == expected
+
+
 # The life of a swapped request
 
 
