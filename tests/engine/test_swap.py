@@ -351,7 +351,8 @@ def test_a_swapped_sample_does_not_begin_again_as_a_fork() -> None:
     expected = [sample.tokens for sample in plain.add(prompt, params, request_id="r")]
     run_all(plain)
     assert plain.stats.forks == 1
-    engine = evicting("streaming_llm", max_num_batched_tokens=4, enable_prefix_caching=False)
+    engine = evicting("streaming_llm", max_num_batched_tokens=13, enable_prefix_caching=False)
+    engine.budget = 4
     first, second = engine.add(prompt, params, request_id="r")
     engine._waiting.remove(second)
     while not any(first.dropped):
@@ -364,8 +365,8 @@ def test_a_swapped_sample_does_not_begin_again_as_a_fork() -> None:
     engine.preemption.mode = "recompute"
     engine._preempt(first)
     engine.audit = lambda: None  # type: ignore[method-assign]  # one that waits is out of the line
-    while first.n_done < 13:
-        engine.step()
+    engine.budget = 13
+    engine.step()
     assert engine.cache.can_fork(first, 13)
     engine._waiting.append(second)
     del engine.audit
