@@ -22,7 +22,7 @@ PYTEST_ARGS ?=
 # Processes that share the GPU in `make test-gpu`.
 JOBS ?= 8
 # The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/decoding tests/eviction tests/state \
+SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/engine/test_swap.py tests/decoding tests/eviction tests/state \
     tests/codecs tests/selection
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"

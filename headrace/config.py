@@ -63,6 +63,18 @@ class EngineConfig:
     async_scheduling: bool | None = option(
         None, "plan a step while the one before runs; if not given, on a GPU only (on the CPU there is nothing to gain)"
     )
+    preemption: str = option(
+        "auto",
+        "how a request that gave way gets its cache back: recompute evaluates its tokens again, swap copies the cache "
+        "to host memory and back, auto does what takes less time where slots were evicted or states are of a fixed "
+        "size, and recomputes elsewhere",
+        choices=("auto", "recompute", "swap"),
+    )
+    swap_space_gib: float | None = option(
+        None,
+        "GiB of host memory for such copies at most; when they are full, requests are recomputed; 0: none are made; if "
+        "not given, 4 on a GPU and 0.5 on the CPU",
+    )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
@@ -90,5 +102,18 @@ class EngineConfig:
             choices = spec.metadata["choices"]
             if choices and getattr(self, spec.name) not in choices:
                 raise ConfigError(f"{spec.name} is {getattr(self, spec.name)!r}; choose from {', '.join(choices)}")
+        if self.swap_space_gib is not None:
+            if not 0 <= self.swap_space_gib < float("inf"):
+                raise ConfigError(f"swap_space_gib is {self.swap_space_gib}; it must be a number of GiB, at least 0")
+            if self.swap_space_gib == 0 and self.preemption == "swap":
+                raise ConfigError(
+                    'swap_space_gib is 0, but preemption="swap" keeps copies in host memory: give it more, or choose '
+                    'preemption="recompute"'
+                )
+            if self.swap_space_gib and self.preemption == "recompute":
+                raise ConfigError(
+                    f'swap_space_gib is {self.swap_space_gib}, but preemption="recompute" makes no copies: leave it '
+                    'out, or choose preemption="auto"'
+                )
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ from headrace.step import FAR, Mirror
 
 MAX_STOP_IDS = 32
 """Stop token ids a request may have, the model's own end tokens included."""
+
+
+class RowClocks(NamedTuple):
+    """What the device knows of a request's cache beside `n_done`; the lists are by group."""
+
+    kv_len: list[int]
+    ro_len: list[int]
+    hold: int
 
 
 class RequestTable:
@@ -61,12 +70,18 @@ class RequestTable:
         """The committed slots in the groups of a model, int32 [groups, Bmax+1]; model 0 is the one that decodes."""
         return self.kv_len[self._ends[model] : self._ends[model + 1]]
 
-    def admit(self, request: Request, index: int) -> None:
-        """Write the row of a request that takes `index`, its clocks standing at `request.n_done`."""
+    def clocks(self, index: int) -> RowClocks:
+        """The lengths of a request's cache. Waits for the device."""
+        ro_len = self._mirrors["ro_len"].host[:, index].tolist()
+        return RowClocks(self.kv_len[:, index].tolist(), ro_len, int(self.hold[index]))
+
+    def admit(self, request: Request, index: int, clocks: RowClocks | None = None) -> None:
+        """Write the row of a request that takes `index`, its clocks standing at `request.n_done`, or where it left
+        them."""
         params = request.params
         stops = np.full(MAX_STOP_IDS, -1, dtype=np.int32)
         stops[: len(request.stop_ids)] = request.stop_ids
-        values = {
+        values: dict[str, Any] = {
             "n_tok": request.n_tok,
             "n_done": request.n_done,
             "prompt_len": request.prompt_len,
@@ -84,6 +99,8 @@ class RequestTable:
             "top_p": params.top_p,
             "min_p": params.min_p,
         }
+        if clocks is not None:
+            values.update(clocks._asdict())
         for name, value in values.items():
             mirror = self._mirrors[name]
             mirror.host[(slice(None), index) if mirror.host.ndim == 2 and mirror.axis else index] = value

@@ -188,6 +188,11 @@ class CacheManager:
         """Pages by pool that a request which begins with so many cached tokens has, those given back included."""
         return tuple(self.index.seen(p, tokens).stop for p in range(len(self.pools)))
 
+    @property
+    def pool_groups(self) -> list[int]:
+        """The group of each pool."""
+        return [pool.group for pool in self._plan]
+
     def place(self, group: int, req_X: Tensor, slot_X: Tensor) -> Tensor:
         """Physical slots of a group, int64 [X], of slots by request index; slots outside the table are trash."""
         table_BP = self.page_table_GBP[group]
@@ -266,6 +271,14 @@ class CacheManager:
         self.hit_tokens += tokens
         self.queried_tokens += request.n_tok
 
+    def settle(self, request: Request, index: int, pages: list[list[int]]) -> None:
+        """Begin with these pages by pool, to which the request has references already, but for trash behind a
+        window."""
+        request.pages = pages
+        for g, mine in enumerate(pages):
+            self._table.host[g, index, : len(mine)] = mine
+        self._table.touch(index)
+
     def can_fork(self, parent: Request, slots: int) -> bool:
         """Whether the parent still has all that a request sees that begins with its first `slots` tokens."""
         return not any(parent.dropped) and all(
@@ -298,13 +311,16 @@ class CacheManager:
                 pages.append(page)
         held = [len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)]
         request.peak_cache_slots = max(request.peak_cache_slots, max(held, default=0) * self.page_size)
-        request.peak_cache_bytes = max(request.peak_cache_bytes, self._bytes(held))
+        request.peak_cache_bytes = max(request.peak_cache_bytes, self.bytes_of_pages(held))
 
     def held_bytes(self, request: Request) -> int:
         """Bytes of the pages that a request holds now, shared ones included."""
-        return self._bytes([len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)])
+        return self.bytes_of_pages(
+            [len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)]
+        )
 
-    def _bytes(self, pages: Sequence[int]) -> int:
+    def bytes_of_pages(self, pages: Sequence[int]) -> int:
+        """Bytes of so many pages by pool."""
         return sum(n * pool.page_bytes for n, pool in zip(pages, self._plan, strict=False))
 
     def publish(self, request: Request) -> int:

@@ -151,6 +151,11 @@ class StateStore:
         """Bytes of all pools."""
         return sum(pool.numel() * pool.element_size() for pool in self._pools_LSX)
 
+    @property
+    def bytes_per_request(self) -> int:
+        """Bytes of one request's states."""
+        return self.allocated_bytes // (self.max_reqs + 1)
+
     def state(self, layer: int, index: int) -> Tensor:
         """State [*X] of a layer at the last committed row of a request; a view."""
         return self.layers[layer][index + 1]

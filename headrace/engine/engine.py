@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
+from headrace.cache.swap import SwapSpace
 from headrace.codecs.base import Codec, load_codecs
 from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
 from headrace.engine.graphs import StepGraphs
+from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
 from headrace.engine.upkeep import Upkeep
@@ -49,7 +51,7 @@ TokenHook = Callable[[Request, list[int]], str | None]
 
 
 @dataclass
-class EngineStats:
+class EngineStats(SwapStats):
     """Counters since the start."""
 
     requests: int = 0
@@ -76,6 +78,18 @@ class _Flight(NamedTuple):
     report: Callable[[], StepReport]
     clocks: dict[int, Clocks] | None
     """Clocks behind it by arrival, if they can be foreseen."""
+    began_s: float
+
+
+class _Standing(NamedTuple):
+    """What the scheduler has to know of a request beside its wishes; slots and pages by pool."""
+
+    clocks: Clocks
+    trigger: int
+    kv_len: tuple[int, ...]
+    pages: tuple[int, ...]
+    idle: tuple[int, ...] = ()
+    """Pages of a hit that nobody holds now."""
 
 
 class Engine:
@@ -146,6 +160,7 @@ class Engine:
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked
         self._flight: _Flight | None = None
+        self._landed_s = 0.0
         self.upkeep = Upkeep(
             self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
         )
@@ -155,6 +170,10 @@ class Engine:
         if config.max_num_batched_tokens is None:
             self.budget, self.step_times_s = measure_knee(self.runner.time_step, most_rows)
         self.stats = EngineStats()
+        limit_bytes = swap_space_bytes(config, self.device.type)
+        self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
+        row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
+        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats)
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}
@@ -314,9 +333,9 @@ class Engine:
         if granted:
             self.table.flush()
             self.cache.flush()
-            before = self._flight
+            before, began_s = self._flight, time.perf_counter()
             report = self.runner.launch(granted, self._processor_rows(granted))
-            self._flight = _Flight(granted, report, self._foreseen(granted))
+            self._flight = _Flight(granted, report, self._foreseen(granted), began_s)
             if before:
                 self.stats.ahead += 1
                 changed += self._collect(before)
@@ -412,42 +431,57 @@ class Engine:
 
     def _view(self, request: Request) -> RequestView:
         running = request.index >= 0
-        clocks = self._clocks(request)
-        idle: tuple[int, ...] = ()
-        parent = self._parent_to_fork(request)
-        if parent is not None:
-            clocks = clocks._replace(n_done=request.prompt_len - 1)
-        elif not running:
-            done, idle = self.cache.look_up(request)
-            clocks = clocks._replace(n_done=done)
-        done, ahead = clocks.n_done, clocks.n_done - request.n_done
+        clocks, trigger, kv_len, pages, idle = self._standing(request)
         demand = self.decoders[request.decoder].demand(clocks)
         if running and clocks.n_tok > request.n_tok and clocks.n_tok >= request.limit:
             demand = Demand(0, 0)  # the running step ends it
-        # No row passes a trigger: behind it rows see what the upkeep leaves.
-        room = (request.trigger if running else self.upkeep.first_trigger(request, done)) - done
+        # No row passes a trigger: behind it rows see what the upkeep leaves. Rows of a tree take slots too.
+        most = min(max(demand.least, min(demand.most, trigger - clocks.n_done)), request.limit - clocks.n_done)
         return RequestView(
             key=request.arrival,
             arrival=request.arrival,
             running=running,
             least=demand.least,
-            # Rows of a tree take slots too.
-            most=min(max(demand.least, min(demand.most, room)), request.limit - done),
+            most=most,
             scratch=demand.scratch,
             most_slots=request.limit,
-            decoding=running and clocks.n_tok - done == 1,
-            kv_len=self.cache.pool_slots(request, ahead) if running else (done,) * len(self.cache.pools),
-            pages=tuple(map(len, request.pages)) if running else self.cache.prefix_pages(done),
+            decoding=running and clocks.n_tok - clocks.n_done == 1,
+            kv_len=kv_len,
+            pages=pages,
             idle_hits=idle,
             priority=request.priority,
             most_pages=self.upkeep.most_pages(self.budget + demand.scratch),
             waits=running and self.upkeep.waits(request),
         )
 
+    def _standing(self, request: Request) -> _Standing:
+        """Where a request stands behind all that was started, or where an admission would put it."""
+        clocks = self._clocks(request)
+        if request.index >= 0:
+            slots = self.cache.pool_slots(request, clocks.n_done - request.n_done)
+            return _Standing(clocks, request.trigger, slots, tuple(map(len, request.pages)))
+        spilled = self.swap.get(request)
+        if spilled is not None:
+            pages, idle = self.swap.view(request, spilled)
+            clocks = clocks._replace(n_done=spilled.n_done)
+            return _Standing(clocks, spilled.trigger, tuple(spilled.slots), pages, idle)
+        done, idle = request.prompt_len - 1, ()
+        if self._parent_to_fork(request) is None:
+            done, idle = self.cache.look_up(request)
+        return _Standing(
+            clocks._replace(n_done=done),
+            self.upkeep.first_trigger(request, done),
+            (done,) * len(self.cache.pools),
+            self.cache.prefix_pages(done),
+            idle,
+        )
+
     def _parent_is_due(self, request: Request) -> bool:
         """Whether the first sample of the prompt is about to make the cache that this one can share."""
         parent = request.parent
         if parent is None or parent.state is State.FINISHED or request.n_tok > request.prompt_len:
+            return False
+        if self.swap.get(request) is not None:
             return False
         if request.scores_prompt or request.prompt_len > request.exact_len:
             return False
@@ -458,6 +492,8 @@ class Engine:
         parent = request.parent
         if parent is None or request.index >= 0 or parent.index < 0 or request.scores_prompt:
             return None
+        if self.swap.get(request) is not None:
+            return None
         fresh = request.n_tok == request.prompt_len
         if not fresh or not parent.n_done >= request.prompt_len - 1 > 0 or request.prompt_len > request.exact_len:
             return None
@@ -465,22 +501,29 @@ class Engine:
 
     def _admit(self, schedule: Schedule) -> list[Granted]:
         """Take indices and pages for the grants."""
+        newcomers: list[Request] = []
         for key in schedule.admitted:
             place = next(i for i, r in enumerate(self._waiting) if r.arrival == key)  # near the front
-            request = self._waiting.pop(place)
+            newcomers.append(self._waiting.pop(place))
+        self.swap.claim(newcomers)
+        for request in newcomers:
             parent = self._parent_to_fork(request)
+            spilled = self.swap.get(request)
             request.move(State.RUNNING)
             request.index = self._free_indices.pop()
             self._running[request.arrival] = request
-            if parent is not None:
+            if spilled is not None:
+                self.preemption.come_back(request, request.index)
+            elif parent is not None:
                 # The last token of the prompt is evaluated again: each sample draws from its logits for itself.
                 self.cache.fork(parent, request, request.index, request.prompt_len - 1)
                 self.stats.forks += 1
             else:
                 self.cache.admit(request, request.index)
-            request.trigger = self.upkeep.first_trigger(request, request.n_done)
-            self.table.admit(request, request.index)
-            self.states.admit(request.index)
+            if spilled is None:
+                request.trigger = self.upkeep.first_trigger(request, request.n_done)
+                self.states.admit(request.index)
+            self.table.admit(request, request.index, spilled.clocks if spilled else None)
             self._processors[request.index] = [p for p in self.processors if p.wants(request.params)]
             for processor in self._processors[request.index]:
                 processor.admit(request)
@@ -511,6 +554,11 @@ class Engine:
     def _collect(self, flight: _Flight) -> list[Request]:
         """Wait for a step. Append what was committed, publish whole pages, end what has ended."""
         report = flight.report()
+        landed_s = time.perf_counter()
+        # A step that was started beside the one before began to run when that one had ended.
+        seconds = landed_s - max(flight.began_s, self._landed_s)
+        self._landed_s = landed_s
+        self.preemption.costs.saw_step(sum(g.rows for g in flight.granted), seconds)
         now_s = self.clock()
         changed: list[Request] = []
         for i, (request, _, _, _) in enumerate(flight.granted):
@@ -567,7 +615,9 @@ class Engine:
     # Ends
 
     def _preempt(self, request: Request) -> None:
-        """Give back everything but the tokens; the request waits in its old place and is recomputed."""
+        """Give back everything but the tokens; the request waits in its old place. It is evaluated again, unless its
+        cache has been copied to host memory."""
+        self.preemption.leave(request)
         self._leave(request)
         request.move(State.PREEMPTED)
         request.preemptions += 1
@@ -579,6 +629,7 @@ class Engine:
             self._leave(request)
         else:
             self._waiting.remove(request)
+            self.swap.drop(request)
         request.finish = finish
         request.finish_s = self.clock()
         if finish is Finish.ERROR:
@@ -621,6 +672,7 @@ class Engine:
         running = list(self._running.values())
         self.cache.audit(running)
         self.states.audit({request.index: request.n_done for request in running})
+        self.swap.audit(self._waiting)
         taken = {request.index for request in running}
         if len(taken) + len(self._free_indices) != self.config.max_num_seqs or taken & set(self._free_indices):
             raise InvariantError("request indices are lost or held twice")
@@ -650,6 +702,8 @@ class Engine:
             raise InvariantError(f"the engine is idle and holds pages: {held}")
         if not self.has_work and (len(self._free_indices) != self.config.max_num_seqs or self._by_id):
             raise InvariantError("the engine is idle and holds request indices")
+        if not self.has_work and len(self.swap):
+            raise InvariantError(f"the engine is idle and holds the caches of {len(self.swap)} requests in host memory")
 
     # Helpers
 

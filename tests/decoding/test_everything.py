@@ -91,7 +91,7 @@ def move(engine: Engine, request_id: str, samples: list[Request]) -> list[Reques
 @pytest.mark.parametrize("scheduler", SCHEDULERS.names())
 def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, events: Counter[str]) -> None:
     kinds = "famine,hit,fork,abort,moved,evicted and moved,compaction,mixed decoders,speculated,planned ahead,replayed"
-    events.update(dict.fromkeys([*kinds.split(","), "chunk"], 0))
+    events.update(dict.fromkeys([*kinds.split(","), "chunk", "swap"], 0))
     decoders = [name for name in DECODERS.names() if name != "test_soft"]
     loaded = ",".join(["full", *EVICTED, "test_scattered"])
 
@@ -117,6 +117,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, eve
             "max_num_seqs": rng.choice([2, 8]),
             "enable_prefix_caching": rng.random() < 0.8,
             "async_scheduling": rng.random() < 0.7,
+            "preemption": rng.choice(["recompute", "swap"]),
         }
         engine = make_engine(scheduler=scheduler, **options)
         if rng.random() < 0.5:
@@ -126,6 +127,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, eve
         events["famine"] += engine.stats.preemptions
         events["hit"] += engine.cache.hit_tokens > 0
         events["fork"] += engine.stats.forks
+        events["swap"] += engine.stats.swaps
         events["compaction"] += engine.upkeep.stats.compactions
         events["planned ahead"] += engine.stats.ahead
         events["replayed"] += engine.runner.graphs.replays if engine.runner.graphs else 0

@@ -80,6 +80,7 @@ def make_engine(
     """An engine over the tiny model that audits itself after every step, on a GPU too, and so plans none ahead."""
     settings: dict[str, Any] = {"num_pages": 512, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "page_size": 4}
     settings["async_scheduling"] = False
+    settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
     return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock)
 
