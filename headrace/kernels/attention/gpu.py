@@ -175,6 +175,7 @@ def attend(
         HAS_SINKS=has_sinks,
         HAS_BITS=rows.bits_R is not None,
         HAS_LSE=need_lse,
+        EXACT=dtype == torch.float32,
         IS_SPLIT=is_split,
         num_warps=shape.n_warps,
         num_stages=shape.n_stages,

@@ -130,6 +130,7 @@ def _visit(
     BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax of a tile (acc [BLOCK_M, BLOCK_DV], top and mass [BLOCK_M]) goes over one block of slots.
@@ -150,14 +151,19 @@ def _visit(
         seen = (second | (s[None, :] < firsts[:, None])) & (s[None, :] >= lows[:, None])
         # What no line sees may be NaN, and 0 * NaN is NaN.
         used = tl.max(seen.to(tl.int32), 0) > 0
-        # Not loaded under the mask `used`: Triton 3.6 cannot compile loads that a reduction masks. Behind the end of
-        # the table slots are read from the page of the ghosts, and forgotten like all that nobody sees.
+        # Triton 3.6 fails to compile vectors and float32 operands that are loaded under a mask that is itself a
+        # reduction, and operands of half the width that are selected by one. Behind the end of the table slots are read
+        # from the page of the ghosts, and forgotten like all that nobody sees.
         page = tl.load(pages + s // S, mask=s < max_slots, other=0)
         place = page.to(tl.int64) * S + s % S
-        k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
-        v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
-        k = tl.where(used[None, :], k, 0.0)
-        v = tl.where(used[:, None], v, 0.0)
+        if EXACT:
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+            k = tl.where(used[None, :], k, 0.0)
+            v = tl.where(used[:, None], v, 0.0)
+        else:
+            k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
+            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
     else:
         page = tl.load(pages + s // S)
         place = page.to(tl.int64) * S + s % S
@@ -230,6 +236,7 @@ def attend_tiles(
     HAS_SINKS: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
     """One program a tile, key/value head and split. Without splits it writes the result, with splits a partial one."""
@@ -282,17 +289,17 @@ def attend_tiles(
             for block in range(_first_of(begin, split, n_splits), whole_begin, n_splits):
                 acc, top, mass = _visit(
                     acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                    max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                    max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
                 )  # fmt: skip
         for block in range(_first_of(whole_begin, split, n_splits), whole_end, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, False,
+                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, False,
             )  # fmt: skip
         for block in range(_first_of(whole_end, split, n_splits), stop, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, True,
+                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
             )  # fmt: skip
 
     # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
