@@ -99,12 +99,22 @@ def come_back(engine: Engine, request: Request) -> None:
 def swap_here(engine: Engine, request: Request) -> None:
     """Out and back, bit for bit."""
     before, swaps = contents(engine, request), engine.stats.swaps
+    running, drafts = engine._view(request), request.drafted
     engine._preempt(request)
     engine.audit()
+    view, free = engine._view(request), engine.cache.available
+    if not drafts:
+        assert view.most == running.most
+    assert all(a >= b for a, b in zip(view.kv_len, running.kv_len, strict=True))
     assert (request.state, request.index, request.pages) == (State.PREEMPTED, -1, [])
     assert engine.stats.swaps == swaps + 1
     assert engine.swap.held_bytes > 0
     come_back(engine, request)
+    # The scheduler was told what the way back takes.
+    taken = [a - b for a, b in zip(free, engine.cache.available, strict=True)]
+    counted = [len(pages) - n + view.idle_hits for pages, n in zip(request.pages, view.pages, strict=True)]
+    assert all(a <= b for a, b in zip(taken, counted, strict=True))
+    assert taken == counted or len(taken) > 1
     after = contents(engine, request)
     assert engine.swap.held_bytes == 0
     assert after["books"] == before["books"]
@@ -365,7 +375,12 @@ def test_a_swapped_sample_does_not_begin_again_as_a_fork() -> None:
     engine.preemption.mode = "recompute"
     engine._preempt(first)
     engine.audit = lambda: None  # type: ignore[method-assign]  # one that waits is out of the line
-    engine.budget = 13
+    engine.step()
+    assert first.n_done == 4
+    engine._waiting.append(second)
+    assert [view.key for view in engine.snapshot().waiting] == [second.arrival]  # it does not wait for the first
+    engine._waiting.remove(second)
+    engine.budget = 9
     engine.step()
     assert engine.cache.can_fork(first, 13)
     engine._waiting.append(second)
