@@ -27,6 +27,7 @@ from tiny import CONFIG, DEVICE, VOCAB, examples, make_engine, run_all, tiny_mod
 from torch import Tensor
 from toy import toy
 
+from headrace.cache.swap import SwapSpace
 from headrace.engine.engine import Engine
 from headrace.engine.preempt import Costs, SwapStats
 from headrace.errors import ConfigError, InvariantError
@@ -510,6 +511,9 @@ def test_small_steps_count_until_the_first_large_one() -> None:
     assert costs.row_s == pytest.approx(0.01)
     costs.saw_step(2, 5.0)
     assert costs.row_s == pytest.approx(0.01)
+    assert costs.swap_is_cheaper(1, 10**9)  # no copy was measured yet: the first tells
+    costs.saw_copy(10, 20.0)
+    assert costs.byte_s == 2.0
     measured = Costs(row_s=0.02)
     measured.saw_step(2, 5.0)
     assert measured.row_s == 0.02
@@ -739,8 +743,6 @@ class FixedCosts(Costs):
 
 def count_sharing(monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None:
     """Count restored pages that were not copied."""
-    from headrace.cache.swap import SwapSpace
-
     before = SwapSpace.restore
 
     def restore(space: SwapSpace, request: Request, index: int) -> Any:
@@ -752,11 +754,10 @@ def count_sharing(monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None
     monkeypatch.setattr(SwapSpace, "restore", restore)
 
 
-def test_famine_with_windows_and_fixed_states(events: Counter[str]) -> None:
+def test_famine_with_windows_and_fixed_states(events: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Random famine over a model with windows, and one with states of both kinds."""
     events.update(dict.fromkeys(["window", "states", "restore", "shared again"], 0))
-    monkey = pytest.MonkeyPatch()
-    count_sharing(monkey, events)
+    count_sharing(monkeypatch, events)
     rng = random.Random(4)
     for round_ in range(24):
         kind = ["window", "states"][round_ % 2]
@@ -782,4 +783,3 @@ def test_famine_with_windows_and_fixed_states(events: Counter[str]) -> None:
             (expected,) = single.add(request.tokens[: request.prompt_len], request.params, request_id="alone")
             run_all(single)
             assert request.tokens == expected.tokens
-    monkey.undo()
