@@ -482,7 +482,7 @@ class Engine:
         if parent is None or parent.state is State.FINISHED or request.n_tok > request.prompt_len:
             return False
         if self.swap.get(request) is not None:
-            return False
+            return False  # it has a cache of its own to come back to
         if request.scores_prompt or request.prompt_len > request.exact_len:
             return False
         return parent.n_done < request.prompt_len - 1
@@ -491,8 +491,6 @@ class Engine:
         """The first sample, if its cache holds the prompt and this one may start from it."""
         parent = request.parent
         if parent is None or request.index >= 0 or parent.index < 0 or request.scores_prompt:
-            return None
-        if self.swap.get(request) is not None:
             return None
         fresh = request.n_tok == request.prompt_len
         if not fresh or not parent.n_done >= request.prompt_len - 1 > 0 or request.prompt_len > request.exact_len:

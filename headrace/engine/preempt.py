@@ -42,7 +42,8 @@ class Costs:
     """Measured seconds of rows and of copied bytes, as running means."""
 
     def __init__(self, row_s: float | None = None, byte_s: float = 0.0) -> None:
-        """`row_s`: seconds a row of a large step, if known. `byte_s`: seconds a byte copied in one direction."""
+        """`row_s`: seconds a row of a large step, if known. `byte_s`: seconds a byte copied in one direction; 0: not
+        known yet, and then a copy is tried."""
         self.row_s = row_s or 0.0
         self.byte_s = byte_s
         self._steps = self._large = int(row_s is not None)
@@ -60,7 +61,7 @@ class Costs:
     def saw_copy(self, nbytes: int, seconds: float) -> None:
         """Bytes were copied in one direction."""
         if nbytes:
-            self.byte_s = _mean(self.byte_s, seconds / nbytes, 1)
+            self.byte_s = _mean(self.byte_s, seconds / nbytes, int(self.byte_s > 0))
 
     def swap_is_cheaper(self, rows: int, nbytes: int) -> bool:
         """Whether bytes are copied out and back in less time than rows are evaluated."""

@@ -29,6 +29,7 @@ from tiny import CONFIG, DEVICE, VOCAB, examples, make_engine, run_all, tiny_mod
 from torch import Tensor
 from toy import toy
 
+from headrace.cache.swap import SwapSpace
 from headrace.engine.engine import Engine
 from headrace.engine.preempt import Costs, SwapStats
 from headrace.errors import ConfigError, InvariantError
@@ -101,12 +102,22 @@ def come_back(engine: Engine, request: Request) -> None:
 def swap_here(engine: Engine, request: Request) -> None:
     """Out and back, bit for bit."""
     before, swaps = contents(engine, request), engine.stats.swaps
+    running, drafts = engine._view(request), request.drafted
     engine._preempt(request)
     engine.audit()
+    view, free = engine._view(request), engine.cache.available
+    if not drafts:
+        assert view.most == running.most
+    assert all(a >= b for a, b in zip(view.kv_len, running.kv_len, strict=True))
     assert (request.state, request.index, request.pages) == (State.PREEMPTED, -1, [])
     assert engine.stats.swaps == swaps + 1
     assert engine.swap.held_bytes > 0
     come_back(engine, request)
+    # The scheduler was told what the way back takes.
+    taken = [a - b for a, b in zip(free, engine.cache.available, strict=True)]
+    counted = [len(pages) - n + view.idle_hits for pages, n in zip(request.pages, view.pages, strict=True)]
+    assert all(a <= b for a, b in zip(taken, counted, strict=True))
+    assert taken == counted or len(taken) > 1
     after = contents(engine, request)
     assert engine.swap.held_bytes == 0
     assert after["books"] == before["books"]
@@ -367,7 +378,12 @@ def test_a_swapped_sample_does_not_begin_again_as_a_fork() -> None:
     engine.preemption.mode = "recompute"
     engine._preempt(first)
     engine.audit = lambda: None  # type: ignore[method-assign]  # one that waits is out of the line
-    engine.budget = 13
+    engine.step()
+    assert first.n_done == 4
+    engine._waiting.append(second)
+    assert [view.key for view in engine.snapshot().waiting] == [second.arrival]  # it does not wait for the first
+    engine._waiting.remove(second)
+    engine.budget = 9
     engine.step()
     assert engine.cache.can_fork(first, 13)
     engine._waiting.append(second)
@@ -505,6 +521,9 @@ def test_small_steps_count_until_the_first_large_one() -> None:
     assert costs.row_s == pytest.approx(0.01)
     costs.saw_step(2, 5.0)
     assert costs.row_s == pytest.approx(0.01)
+    assert costs.swap_is_cheaper(1, 10**9)  # no copy was measured yet: the first tells
+    costs.saw_copy(10, 20.0)
+    assert costs.byte_s == 2.0
     measured = Costs(row_s=0.02)
     measured.saw_step(2, 5.0)
     assert measured.row_s == 0.02
@@ -735,8 +754,6 @@ class FixedCosts(Costs):
 
 def count_sharing(monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None:
     """Count restored pages that were not copied."""
-    from headrace.cache.swap import SwapSpace
-
     before = SwapSpace.restore
 
     def restore(space: SwapSpace, request: Request, index: int) -> Any:
@@ -748,11 +765,10 @@ def count_sharing(monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None
     monkeypatch.setattr(SwapSpace, "restore", restore)
 
 
-def test_famine_with_windows_and_fixed_states(events: Counter[str]) -> None:
+def test_famine_with_windows_and_fixed_states(events: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Random famine over a model with windows, and one with states of both kinds."""
     events.update(dict.fromkeys(["window", "states", "restore", "shared again"], 0))
-    monkey = pytest.MonkeyPatch()
-    count_sharing(monkey, events)
+    count_sharing(monkeypatch, events)
     rng = random.Random(4)
     for round_ in range(24):
         kind = ["window", "states"][round_ % 2]
@@ -778,4 +794,3 @@ def test_famine_with_windows_and_fixed_states(events: Counter[str]) -> None:
             (expected,) = single.add(request.tokens[: request.prompt_len], request.params, request_id="alone")
             run_all(single)
             assert request.tokens == expected.tokens
-    monkey.undo()

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_law_one_on_the_gpu(events: Counter[str]) -> None:
     """Random requests under famine: tokens equal those of the same request alone on the CPU."""
-    events.update({"chunk": 0, "famine": 0, "hit": 0, "abort": 0})
+    events.update({"chunk": 0, "famine": 0, "hit": 0, "abort": 0, "swap": 0})
     model = tiny_model("float64", 0).cuda()
     try:
         for seed in range(3):
@@ -30,6 +30,7 @@ def test_law_one_on_the_gpu(events: Counter[str]) -> None:
                 max_model_len=80,
                 max_num_seqs=8,
                 max_num_batched_tokens=rng.choice([5, 64]),
+                preemption=["recompute", "swap"][seed % 2],
                 check_invariants=True,
             )
             engine = Engine(config, model, eos_ids=[3])
@@ -51,6 +52,7 @@ def test_law_one_on_the_gpu(events: Counter[str]) -> None:
             engine.check_idle()
             events["chunk"] += engine.stats.chunks
             events["famine"] += engine.stats.preemptions
+            events["swap"] += engine.stats.swaps
             events["hit"] += engine.cache.hit_tokens > 0
             model_tokens = [tuple(r.output_ids) for r in requests[:-1]]
             model.cpu()
