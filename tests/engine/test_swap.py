@@ -115,7 +115,8 @@ def swap_here(engine: Engine, request: Request) -> None:
     come_back(engine, request)
     # The scheduler was told what the way back takes.
     taken = [a - b for a, b in zip(free, engine.cache.available, strict=True)]
-    counted = [len(pages) - n + view.idle_hits for pages, n in zip(request.pages, view.pages, strict=True)]
+    idle = view.idle_hits or (0,) * len(view.pages)
+    counted = [len(pages) - n + i for pages, n, i in zip(request.pages, view.pages, idle, strict=True)]
     assert all(a <= b for a, b in zip(taken, counted, strict=True))
     assert taken == counted or len(taken) > 1
     after = contents(engine, request)
