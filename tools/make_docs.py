@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
 
 from headrace.config import EngineConfig
+from headrace.engine.engine import Engine
+from headrace.errors import HeadraceError
+from headrace.models.checkpoint import load_model
 from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
@@ -45,8 +54,8 @@ def systems_page() -> str:
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
     lines += [
         "",
-        "Devices: on the CPU attention and the draw have compiled kernels. On a GPU the same engine has attention in",
-        "Triton, and runs the plain torch form of the draw, which is right but not fast.",
+        "Devices: on the CPU attention, the draw and the small operations have compiled kernels, on a GPU kernels in",
+        "Triton; on a GPU steps are recorded as CUDA graphs too.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -66,7 +75,46 @@ def _pairs() -> list[str]:
             f"{len(one.names()) * len(other.names())} pairs" if j > i else "" for j, other in enumerate(REGISTRIES)
         ]
         lines.append(f"| {one.seam} | " + " | ".join(cells) + " |")
-    return lines
+    refused = _refused()
+    lines += ["", f"Refused at start, {len(refused)} of them; all others run.", ""]
+    lines += ["| part | part | what the engine says |", "| --- | --- | --- |"]
+    return lines + [f"| {one} | {other} | {sentence} |" for one, other, sentence in refused]
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+"""A model that starts in no time."""
+
+
+def _refused() -> list[tuple[str, str, str]]:
+    """Pairs of parts with which an engine does not start, and its sentence."""
+    fields = {f.name for f in dataclasses.fields(EngineConfig)}
+    refused = []
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(TINY))
+        model = load_model(directory, device="cpu", dtype="float32", load_format="random", seed=0)
+        tensors = {name: views[0].contiguous() for name, views in model.tensors().items()}
+        save_file(tensors, str(Path(directory) / "model.safetensors"))
+        for seam, another in itertools.combinations(REGISTRIES, 2):
+            for one, other in itertools.product(seam, another):
+                given = {**one.example, **other.example}
+                options: dict[str, Any] = {
+                    k: directory if v == "<checkpoint>" else v for k, v in given.items() if k in fields
+                }
+                try:
+                    Engine(EngineConfig(num_pages=64, max_num_seqs=2, max_num_batched_tokens=16, **options), model)
+                except HeadraceError as refusal:
+                    refused.append((one.name, other.name, str(refusal)))
+    return refused
 
 
 def options_page() -> str:

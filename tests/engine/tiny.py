@@ -80,6 +80,7 @@ def make_engine(
     """An engine over the tiny model that audits itself after every step, on a GPU too, and so plans none ahead."""
     settings: dict[str, Any] = {"num_pages": 512, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "page_size": 4}
     settings["async_scheduling"] = False
+    settings["cuda_graphs"] = False  # to record steps takes longer than to run so few: `pad` asks for it
     settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
     return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock)
@@ -110,7 +111,7 @@ def alone_of(request: Request) -> tuple[tuple[int, ...], str | None]:
 
 
 def pad(engine: Engine) -> None:
-    """Let an engine on the CPU pad its steps to the shapes that a GPU records."""
+    """Let an engine pad its steps to the shapes that a GPU records, and on a GPU record them."""
     runner = engine.runner
     if runner.graphs is None:
         runner.graphs = StepGraphs(engine.device)
