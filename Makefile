@@ -19,11 +19,12 @@ endif
 DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 64 --seed 1 --compare
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
-# Processes that share the GPU in `make test-gpu`.
+# Processes of `make test` and `make test-all`, and those that share the GPU in `make test-gpu`.
+CORES ?= 2
 JOBS ?= 8
 # The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = tests/engine/test_law_one.py tests/engine/test_fork.py tests/engine/test_urgency.py tests/engine/test_swap.py tests/decoding tests/eviction tests/state \
-    tests/codecs tests/selection
+SUITES = $(addprefix tests/,engine/test_law_one.py engine/test_fork.py engine/test_urgency.py engine/test_swap.py \
+    decoding eviction state codecs selection)
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"
 
@@ -52,7 +53,7 @@ install: $(RUNTIME)
 test: lint
 	$(call part,generated documents,$(PY) -m tools.make_docs --check)
 	@echo "== tests"
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(CORES) $(PYTEST_ARGS)
 
 lint: $(DEVELOPMENT)
 	$(call part,ruff check,$(PY) -m ruff check .)
@@ -66,7 +67,7 @@ docs: $(DEVELOPMENT)
 test-all: lint
 	@mkdir -p $(dir $(TEST_ALL_OUTPUT))
 	@set -o pipefail; { date -u "+make test-all, %Y-%m-%d" && $(PY) -c $(MACHINE) && \
-	    HYPOTHESIS_PROFILE=searching $(PY) -m pytest -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
+	    HYPOTHESIS_PROFILE=searching $(PY) -m pytest -n $(CORES) -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
 
 test-gpu: $(DEVELOPMENT)
 	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs -n $(JOBS) $(PYTEST_ARGS)
