@@ -302,13 +302,17 @@ class CacheManager:
 
         In sealed pools too, so that sealing never lacks any.
         """
-        for p, (pages, slots) in enumerate(zip(request.pages, self.pool_slots(request), strict=True)):
-            wanted = -(-(slots + rows) // self.page_size)
+        grows = not request.peak_cache_slots
+        for p, pages in enumerate(request.pages):
+            wanted = -(-(request.slots(self._plan[p].group) + rows) // self.page_size)
             while len(pages) < wanted:
                 page = self.pools[p].take()
                 self._table.host[p, request.index, len(pages)] = page
                 self._table.touch(request.index)
                 pages.append(page)
+                grows = True
+        if not grows:
+            return  # most steps of most requests
         held = [len(pages) - freed for pages, freed in zip(request.pages, request.freed, strict=True)]
         request.peak_cache_slots = max(request.peak_cache_slots, max(held, default=0) * self.page_size)
         request.peak_cache_bytes = max(request.peak_cache_bytes, self.bytes_of_pages(held))
