@@ -213,6 +213,7 @@ class Runner:
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
         self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
+        self._zero_B = torch.zeros(max(table.ghost, BUCKETS[-1]), dtype=torch.int32, device=self.device)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
             for number, stream in enumerate(streams[1:], 1)
@@ -251,7 +252,7 @@ class Runner:
             self._tick(clock)
             self._add_times(clock)
             return lambda: report
-        fetch = _fetch(_pack(done.read), done.read.emit.shape[1])
+        fetch = _fetch(_pack(done.read, self._zero_B), done.read.emit.shape[1])
         return lambda: self._report(granted, fetch(), top, done.given)
 
     def _padding(self, granted: Sequence[Granted], processors: ProcessorRequests) -> list[int] | None:
@@ -283,7 +284,7 @@ class Runner:
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
             rows.reqs.copy_(sheet.views[0])
             rows.row_ptr.copy_(sheet.views[1])
-            return _pack(self._run(granted, rows, [(decoder, seg)], None, (), []).read)
+            return _pack(self._run(granted, rows, [(decoder, seg)], None, (), []).read, self._zero_B)
 
         fetch = _fetch(self.graphs.run(key, step), decoder.e_max)
         return lambda: self._report(granted, fetch(), {}, {})
@@ -313,8 +314,7 @@ class Runner:
         drawn = self._draw(rows, outs, raw_MV, processors, segments)
         self._tick(clock)
         commit = self._resolve(segments, drawn.id_M, hidden_ME)
-        reqs_B = rows.reqs.long()
-        committed = apply_commit(self.table, reqs_B, commit)
+        committed = apply_commit(self.table, _reqs(rows, segments), commit)
         if commit.path is not None:
             self.cache.move(self.target.groups, self.table.kv_len, *moves(self.table, rows, commit, committed.n_kv_B))
         context.states.commit(commit, committed.n_kv_B)
@@ -391,9 +391,10 @@ class Runner:
         row_parts, t_parts, entry_parts = [], [], []
         first_row = first = 0
         for decoder, seg in segments:
-            row_parts.append(seg.out_row_M + first_row)
+            # In a step of one segment nothing has to be added.
+            row_parts.append(seg.out_row_M + first_row if first_row else seg.out_row_M)
             t_parts.append(seg.rows.t[seg.out_row_M] + decoder.shift)
-            entry_parts.append(seg.out_entry_M + first)
+            entry_parts.append(seg.out_entry_M + first if first else seg.out_entry_M)
             first_row, first = first_row + sum(seg.grants), first + len(seg.grants)
         n_draw = sum(sum(seg.outputs) for _, seg in segments)
         target = outs_row = row_parts[0].new_empty(0)
@@ -421,7 +422,7 @@ class Runner:
                 picked = [m for i in members for m in range(firsts[i], firsts[i + 1])]
                 indices = [reqs[i] for i in members for _ in range(counts[i])]
                 processor.apply(logits_MV, picked, indices, path_ML)
-        reqs_M = rows.reqs.long()[outs.entry]
+        reqs_M = _reqs(rows, segments)[outs.entry]
         table = self.table
         params = DrawParams(table.temperature[reqs_M], table.top_k[reqs_M], table.top_p[reqs_M], table.min_p[reqs_M])
         return draw(logits_MV, params, table.stream[reqs_M], outs.t_out, raw_MV=raw_MV)
@@ -538,11 +539,11 @@ def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:
     return [np.array(reqs, np.int32), np.array(borders, np.int32)]
 
 
-def _pack(read: _Read[Tensor]) -> Tensor:
-    """Everything the host reads in one tensor, int32 [B, 4 + 2 E]."""
-    drafted_B = torch.zeros_like(read.n_kv) if read.drafted is None else read.drafted
-    columns_B4 = torch.stack((read.n_kv, read.n_emit, read.finish, drafted_B), 1)
-    return torch.cat((columns_B4, read.emit.int(), read.logprob.float().view(torch.int32)), 1)
+def _pack(read: _Read[Tensor], zero_B: Tensor) -> Tensor:
+    """Everything the host reads in one tensor, int32 [4 + 2 E, B]. `zero_B` stands for no drafts."""
+    drafted_B = zero_B[: len(read.n_kv)] if read.drafted is None else read.drafted
+    counts = [x[None] for x in (read.n_kv, read.n_emit, read.finish, drafted_B)]
+    return torch.cat([*counts, read.emit.int().t(), read.logprob.float().view(torch.int32).t()])
 
 
 def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
@@ -557,12 +558,16 @@ def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
     def read() -> _Read[np.ndarray]:
         if event is not None:
             event.synchronize()
-        table = landed.numpy()
-        emit, logprob = table[:, 4 : 4 + e_max], table[:, 4 + e_max :]
-        n_kv, n_emit, finish, drafted = table.T[:4]
-        return _Read(n_kv, n_emit, finish, drafted, emit, np.ascontiguousarray(logprob).view(np.float32))
+        n_kv, n_emit, finish, drafted, *rest = landed.numpy()
+        emit, logprob = np.stack(rest[:e_max], 1), np.stack(rest[e_max:], 1).view(np.float32)
+        return _Read(n_kv, n_emit, finish, drafted, emit, logprob)
 
     return read
+
+
+def _reqs(rows: RowTable, segments: Sequence[tuple[Decoder, Segment]]) -> Tensor:
+    """Request indices of the step, int64 [B]; of a single segment they are there already."""
+    return segments[0][1].reqs_B if len(segments) == 1 else rows.reqs.long()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
