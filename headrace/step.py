@@ -235,10 +235,6 @@ class OutTable:
 
     row: Tensor
     """Row of the step, int64 [M]."""
-    t_out: Tensor
-    """Index of the token that the draw decides, int32 [n_draw]."""
-    entry: Tensor
-    """Request of the step that the draw belongs to, int64 [n_draw]."""
     n_draw: int
     """Outputs that are draws."""
     target: Tensor

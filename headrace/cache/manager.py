@@ -27,6 +27,7 @@ from headrace.cache.compact import Move, gather, plan_move, scatter
 from headrace.cache.pages import TRASH, PagePool
 from headrace.cache.prefix import PrefixIndex, PrefixNode
 from headrace.errors import ConfigError, InvariantError
+from headrace.kernels.place import place
 from headrace.request import Request
 from headrace.step import LayerState, Mirror, PageCodec
 
@@ -193,11 +194,10 @@ class CacheManager:
         """The group of each pool."""
         return [pool.group for pool in self._plan]
 
-    def place(self, group: int, req_X: Tensor, slot_X: Tensor) -> Tensor:
-        """Physical slots of a group, int64 [X], of slots by request index; slots outside the table are trash."""
-        table_BP = self.page_table_GBP[group]
-        page_X = table_BP[req_X, torch.div(slot_X, self.page_size, rounding_mode="floor").long()].long()
-        return page_X * self.page_size + slot_X % self.page_size
+    def place(self, group: int, kv_len_B: Tensor, req_X: Tensor, dst_X: Tensor) -> Tensor:
+        """Physical slots of a group, int64 [X], of slots counted from the end of the committed ones, `kv_len_B`; slots
+        outside the table are trash."""
+        return place(req_X, dst_X, kv_len_B, self.page_table_GBP[group], self.page_size)
 
     def move(self, groups: range, kv_len_GB: Tensor, req_X: Tensor, from_X: Tensor, to_X: Tensor) -> None:
         """Copy slots within requests, all sources read before anything is written.
@@ -205,9 +205,8 @@ class CacheManager:
         Sources and targets are counted from the end of the committed slots, `kv_len_GB` [G, Bmax+1].
         """
         for g in groups:
-            n_X = kv_len_GB[g][req_X].long()
-            source_X = self.place(g, req_X, (n_X + from_X).clamp_(min=0))
-            target_X = self.place(g, req_X, (n_X + to_X).clamp_(min=0))
+            source_X = self.place(g, kv_len_GB[g], req_X, from_X)
+            target_X = self.place(g, kv_len_GB[g], req_X, to_X)
             for plane in self.planes[g]:
                 slots_LKXD = plane.flatten(2, 3)
                 slots_LKXD[:, :, target_X] = slots_LKXD[:, :, source_X]

@@ -6,11 +6,11 @@ row k is the token at index n_done + k, writes slot n + k, and sees the slots [0
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from headrace.decoding.base import DECODERS, Clocks, Decoder, Demand, Segment
 from headrace.kernels.chain_rows import History, chain_rows
+from headrace.kernels.walk import Walks, walk
 from headrace.step import Commit
 
 
@@ -18,6 +18,12 @@ def plan_known(seg: Segment) -> None:
     """Rows of a chunk. Token ids are read from the history, whatever lies there behind the known tokens."""
     table = seg.table
     chain_rows(seg.rows, History(table.hist, table.n_done, table.pos_off), seg.entry_R, seg.k_R)
+
+
+def walks(seg: Segment) -> Walks:
+    """What a walk has to know of the step."""
+    table = seg.table
+    return Walks(table.n_tok, table.n_done, seg.reqs_B, seg.grant_B, seg.n_out_B, seg.out_first_B)
 
 
 @DECODERS.register(
@@ -47,11 +53,4 @@ class Autoregressive(Decoder):
 
     def resolve(self, seg: Segment, id_M: Tensor, hidden_ME: Tensor) -> Commit:
         """All rows are committed; a token is emitted where the last pending one was among them."""
-        table, reqs_B, grant_B = seg.table, seg.reqs_B, seg.grant_B
-        complete_B = table.n_done[reqs_B] + grant_B == table.n_tok[reqs_B]
-        return Commit(
-            n_kv=grant_B.int(),
-            n_emit=complete_B.int(),
-            emit=id_M[:, None],
-            priced_by=torch.arange(len(seg.grants), dtype=torch.int32, device=id_M.device)[:, None],
-        )
+        return Commit(*walk(walks(seg), id_M))

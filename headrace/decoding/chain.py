@@ -14,8 +14,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from headrace.decoding.autoregressive import plan_known
+from headrace.decoding.autoregressive import plan_known, walks
 from headrace.decoding.base import Clocks, Decoder, Demand, Segment, Setup
+from headrace.kernels.walk import Drafts, walk
 from headrace.request import Request
 from headrace.step import Commit
 
@@ -72,25 +73,7 @@ class ChainDecoder(Decoder):
 
     def resolve(self, seg: Segment, id_M: Tensor, hidden_ME: Tensor) -> Commit:
         """The coupled walk."""
-        table, reqs_B = seg.table, seg.reqs_B
-        step_W = torch.arange(self.most + 1, device=id_M.device)
-        pending_B = (table.n_tok[reqs_B] - table.n_done[reqs_B]).long()
-        # Draw `start` is that of the last pending row; draw start + i comes after i drafts.
-        start_B = pending_B - 1 - (seg.grant_B - seg.n_out_B)
-        at_BW = (start_B[:, None] + step_W).clamp_(min=0)
-        drawn_BW = at_BW < seg.n_out_B[:, None]
-        place_BW = seg.out_first_B[:, None] + at_BW.minimum(seg.n_out_B[:, None] - 1)
-        id_BW = id_M[place_BW]
-        drafted_BK = drawn_BW[:, 1:] & (step_W[:-1] < self.count_B[reqs_B][:, None])
-        hit_BK = drafted_BK & (id_BW[:, :-1] == self.draft_BK[reqs_B])
-        accepted_B = hit_BK.int().cumprod(1).sum(1)
-        complete_B = seg.grant_B >= pending_B
-        return Commit(
-            n_kv=torch.where(complete_B, pending_B + accepted_B, seg.grant_B).int(),
-            n_emit=torch.where(complete_B, accepted_B + 1, 0).int(),
-            emit=id_BW,
-            priced_by=place_BW.int(),
-        )
+        return Commit(*walk(walks(seg), id_M, Drafts(self.draft_BK, self.count_B)))
 
     def draft(self, seg: Segment) -> Tensor:
         """Propose for the requests that decode."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,8 +23,11 @@ from headrace.codecs.forms import Form, GroupStep
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
 from headrace.engine.graphs import BUCKETS, Sheet, StepGraphs, ghost_grants
+from headrace.kernels.advance import Advanced
 from headrace.kernels.attention import AttentionRows
 from headrace.kernels.draw import Drawn, DrawParams, draw
+from headrace.kernels.draw_rows import DrawTables, draw_rows
+from headrace.kernels.report import Priced, report
 from headrace.models.base import CausalLM
 from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
@@ -64,10 +67,21 @@ class _Read(NamedTuple, Generic[T]):
 class _Done(NamedTuple):
     """A step on the device."""
 
-    read: _Read[Tensor]
+    advanced: Advanced
+    drafted_B: Tensor | None
     commit: Commit
+    logp_M: Tensor
     raw_MV: Tensor
     given: dict[int, TopLogprobs]
+
+    def read(self) -> _Read[Tensor]:
+        """As it stands."""
+        commit = self.commit
+        return _Read(*self.advanced, self.drafted_B, commit.emit, self.logp_M[commit.priced_by.long()])
+
+    def packed(self) -> Tensor:
+        """In one tensor."""
+        return report(self.advanced, self.drafted_B, Priced(self.commit.emit, self.commit.priced_by, self.logp_M))
 
 
 ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
@@ -133,12 +147,11 @@ class _Context:
         self.soft_SE = runner.soft_SE if stream is runner.target else None
         masks = (rows.bits, rows.words.flatten()) if runner.has_trees else (None, None)
         attention_rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
-        req_R = rows.req.long()
         self._plans: dict[int, Any] = {}
         cache = runner.cache
         for g in stream.groups:
             kv_len_B = runner.table.kv_len[g]
-            place_R = cache.place(g, req_R, kv_len_B[req_R] + rows.dst)
+            place_R = cache.place(g, kv_len_B, rows.req, rows.dst)
             window = cache.groups[g].state.window
             self._plans[g] = stream.form.plan(
                 GroupStep(
@@ -213,7 +226,7 @@ class Runner:
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
         self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
-        self._zero_B = torch.zeros(max(table.ghost, BUCKETS[-1]), dtype=torch.int32, device=self.device)
+        self._draw_tables = DrawTables(table.temperature, table.top_k, table.top_p, table.min_p, table.stream)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
             for number, stream in enumerate(streams[1:], 1)
@@ -248,11 +261,11 @@ class Runner:
         done = self._run(granted, rows, segments, self._spans(granted), processors, clock)
         top = self._top(granted, done)
         if self.device.type == "cpu":
-            report = self._report(granted, done.read, top, done.given)
+            result = self._report(granted, done.read(), top, done.given)
             self._tick(clock)
             self._add_times(clock)
-            return lambda: report
-        fetch = _fetch(_pack(done.read, self._zero_B), done.read.emit.shape[1])
+            return lambda: result
+        fetch = _fetch(done.packed(), done.commit.emit.shape[1])
         return lambda: self._report(granted, fetch(), top, done.given)
 
     def _padding(self, granted: Sequence[Granted], processors: ProcessorRequests) -> list[int] | None:
@@ -271,20 +284,18 @@ class Runner:
         decoder = self.decoders[granted[0].request.decoder]
         outputs = [decoder.n_outputs(n) for n in grants]
         prompts = [*(g.pending > 1 for g in granted), *(False for _ in ghosts)]
-        rows = self.rows.first(sum(grants), len(grants))
         sizes = (grants, outputs, prompts, len(ghosts))
         key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts)
         reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
-        arrays = Segment(self.table, rows, *sizes).arrays()
+        rows = self.rows.first(sum(grants), len(grants))
+        arrays = Segment(self.table, rows, *sizes).arrays() | {"reqs_B": np.array(reqs, np.int64)}
         sheet = self.graphs.sheet(key, [*_borders(reqs, grants), *arrays.values()])
 
         def step() -> Tensor:
             # Made here: a segment keeps tensors, and those of the first run are none of the recording's.
-            seg = Segment(self.table, rows, *sizes)
+            seg = Segment(self.table, replace(rows, reqs=sheet.views[0], row_ptr=sheet.views[1]), *sizes)
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
-            rows.reqs.copy_(sheet.views[0])
-            rows.row_ptr.copy_(sheet.views[1])
-            return _pack(self._run(granted, rows, [(decoder, seg)], None, (), []).read, self._zero_B)
+            return self._run(granted, seg.rows, [(decoder, seg)], None, (), []).packed()
 
         fetch = _fetch(self.graphs.run(key, step), decoder.e_max)
         return lambda: self._report(granted, fetch(), {}, {})
@@ -311,22 +322,14 @@ class Runner:
         raw_MV = self.model.logits(hidden_ME[: outs.n_draw]).float()
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
-        drawn = self._draw(rows, outs, raw_MV, processors, segments)
+        drawn = self._draw(rows, raw_MV, processors, segments)
         self._tick(clock)
         commit = self._resolve(segments, drawn.id_M, hidden_ME)
         committed = apply_commit(self.table, _reqs(rows, segments), commit)
         if commit.path is not None:
             self.cache.move(self.target.groups, self.table.kv_len, *moves(self.table, rows, commit, committed.n_kv_B))
         context.states.commit(commit, committed.n_kv_B)
-        read = _Read(
-            committed.n_kv_B,
-            committed.n_emit_B,
-            committed.finish_B,
-            self._draft(segments),
-            commit.emit,
-            drawn.logp_raw_M[commit.priced_by.long()],
-        )
-        return _Done(read, commit, raw_MV, given)
+        return _Done(committed, self._draft(segments), commit, drawn.logp_raw_M, raw_MV, given)
 
     def _build(self, granted: Sequence[Granted]) -> tuple[RowTable, list[tuple[Decoder, Segment]]]:
         """The rows of the step, of which only requests and borders are known, and its segments."""
@@ -388,25 +391,22 @@ class Runner:
                     scored_rows.append(first + index - 1 - request.n_done)
                     targets.append(request.tokens[index])
             first += size
-        row_parts, t_parts, entry_parts = [], [], []
-        first_row = first = 0
-        for decoder, seg in segments:
+        row_parts = []
+        first_row = 0
+        for _, seg in segments:
             # In a step of one segment nothing has to be added.
             row_parts.append(seg.out_row_M + first_row if first_row else seg.out_row_M)
-            t_parts.append(seg.rows.t[seg.out_row_M] + decoder.shift)
-            entry_parts.append(seg.out_entry_M + first if first else seg.out_entry_M)
-            first_row, first = first_row + sum(seg.grants), first + len(seg.grants)
+            first_row += sum(seg.grants)
         n_draw = sum(sum(seg.outputs) for _, seg in segments)
-        target = outs_row = row_parts[0].new_empty(0)
+        target = row_parts[0].new_empty(0)
         if scored_rows:
             outs_row, target = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (scored_rows, targets))
             row_parts.append(outs_row)
-        return OutTable(_joined(row_parts), _joined(t_parts), _joined(entry_parts), n_draw, target)
+        return OutTable(_joined(row_parts), n_draw, target)
 
     def _draw(
         self,
         rows: RowTable,
-        outs: OutTable,
         raw_MV: Tensor,
         processors: ProcessorRequests,
         segments: Sequence[tuple[Decoder, Segment]],
@@ -422,10 +422,15 @@ class Runner:
                 picked = [m for i in members for m in range(firsts[i], firsts[i + 1])]
                 indices = [reqs[i] for i in members for _ in range(counts[i])]
                 processor.apply(logits_MV, picked, indices, path_ML)
-        reqs_M = _reqs(rows, segments)[outs.entry]
-        table = self.table
-        params = DrawParams(table.temperature[reqs_M], table.top_k[reqs_M], table.top_p[reqs_M], table.min_p[reqs_M])
-        return draw(logits_MV, params, table.stream[reqs_M], outs.t_out, raw_MV=raw_MV)
+        made = [
+            draw_rows(self._draw_tables, seg.rows.req, seg.rows.t, seg.out_row_M, decoder.shift)
+            for decoder, seg in segments
+        ]
+        params, stream_M2, t_out_M = made[0]
+        if len(made) > 1:
+            params = DrawParams(*map(torch.cat, zip(*(m.params for m in made), strict=True)))
+            stream_M2, t_out_M = torch.cat([m.stream_M2 for m in made]), torch.cat([m.t_out_M for m in made])
+        return draw(logits_MV, params, stream_M2, t_out_M, raw_MV=raw_MV)
 
     def _resolve(self, segments: Sequence[tuple[Decoder, Segment]], id_M: Tensor, hidden_ME: Tensor) -> Commit:
         firsts = list(itertools.accumulate((sum(seg.outputs) for _, seg in segments), initial=0))
@@ -539,15 +544,8 @@ def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:
     return [np.array(reqs, np.int32), np.array(borders, np.int32)]
 
 
-def _pack(read: _Read[Tensor], zero_B: Tensor) -> Tensor:
-    """Everything the host reads in one tensor, int32 [4 + 2 E, B]. `zero_B` stands for no drafts."""
-    drafted_B = zero_B[: len(read.n_kv)] if read.drafted is None else read.drafted
-    counts = [x[None] for x in (read.n_kv, read.n_emit, read.finish, drafted_B)]
-    return torch.cat([*counts, read.emit.int().t(), read.logprob.float().view(torch.int32).t()])
-
-
 def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
-    """Start the copy to the host; the result waits for it."""
+    """Start the copy of a packed report to the host; the result waits for it."""
     is_cuda = packed.is_cuda
     landed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=is_cuda)
     landed.copy_(packed, non_blocking=True)

@@ -167,7 +167,8 @@ def test_the_cache_after_every_commit_is_that_of_plain_decoding(drafter: str) ->
             if request.index >= 0:
                 n, layers = request.n_done, len(tiny_model().layer_states())
                 slots = torch.arange(n, device=engine.device)
-                place = engine.cache.place(0, torch.full_like(slots, request.index), slots)
+                zero_B = torch.zeros_like(engine.table.n_tok)
+                place = engine.cache.place(0, zero_B, torch.full_like(slots, request.index), slots)
                 pools = [pool.flatten(1, 2)[:, place] for i in range(layers) for pool in engine.cache.layer_pools(i)]
                 seen[n] = request.tokens[: n + 1], pools
         return seen

@@ -15,16 +15,23 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
-from headrace.kernels.advance import Clocks
+from headrace.kernels.advance import Advanced, Clocks
 from headrace.kernels.advance.gpu import advance_gpu
 from headrace.kernels.attention import AttentionRows, gpu, gpu_shape
 from headrace.kernels.chain_rows import History
 from headrace.kernels.chain_rows.gpu import chain_rows_gpu
 from headrace.kernels.draw import DrawParams
 from headrace.kernels.draw.gpu import draw_gpu
+from headrace.kernels.draw_rows import DrawTables
+from headrace.kernels.draw_rows.gpu import draw_rows_gpu
+from headrace.kernels.place.gpu import place_gpu
+from headrace.kernels.report import Priced
+from headrace.kernels.report.gpu import report_gpu
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
 from headrace.kernels.rotary.gpu import rotate_gpu_
 from headrace.kernels.silu_mul.gpu import silu_mul_gpu
+from headrace.kernels.walk import Drafts, Walks
+from headrace.kernels.walk.gpu import walk_gpu
 from headrace.step import RowTable
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -91,6 +98,16 @@ def launch_all() -> None:
         rows_of_step = RowTable.allocate(n, n, n, n, torch.device("cpu"))
         history = History(ints(n + 1, n), ints(n + 1), ints(n + 1))
         chain_rows_gpu(rows_of_step, history, torch.zeros(n, dtype=torch.int64), ints(n))
+        longs = torch.zeros(n, dtype=torch.int64)
+        place_gpu(ints(n), ints(n), ints(n + 1), ints(n + 1, n), 16)
+        place_gpu(longs, longs, ints(n + 1), ints(n + 1, n), 16)
+        walks = Walks(ints(n + 1), ints(n + 1), longs, longs, longs, longs)
+        walk_gpu(walks, ints(n))
+        walk_gpu(walks, ints(n), Drafts(ints(n + 1, n), ints(n + 1)))
+        reals = [torch.zeros(n + 1) for _ in range(3)]
+        draw_rows_gpu(DrawTables(reals[0], ints(n + 1), *reals[1:], ints(n + 1, 2)), ints(n), ints(n), longs, 1)
+        for drafted in (None, ints(n)):
+            report_gpu(Advanced(*ints(3, n)), drafted, Priced(ints(n, n), ints(n, n), torch.zeros(n)))
 
     attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
     attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
