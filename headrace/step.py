@@ -9,13 +9,15 @@ ghost that padding points at), G cache groups, A position axes, M output rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from headrace.staging import upload
 
 MASK_WORDS = 2
 """Words of 32 bits in the mask of a row over the rows of its request in this step."""
@@ -263,9 +265,9 @@ class Commit:
 
 
 class Mirror:
-    """A device table with a host copy, written by rows of its request axis and uploaded on `flush`.
+    """A device table with a host copy, written by rows of its request axis and uploaded by `flush`.
 
-    On the CPU both are the same memory and `flush` has nothing to do.
+    On the CPU both are the same memory, and there is nothing to upload.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: Any, axis: int = 0):
@@ -282,11 +284,21 @@ class Mirror:
         if not self._shared:
             self._dirty.add(index)
 
-    def flush(self) -> None:
-        """Upload the changed rows."""
-        if self._dirty:
-            rows = sorted(self._dirty)
-            where = torch.tensor(rows, dtype=torch.int64, device=self.device_table.device)
-            source = torch.from_numpy(np.ascontiguousarray(self.host.take(rows, axis=self.axis)))
-            self.device_table.index_copy_(self.axis, where, source.to(self.device_table.device))
-            self._dirty.clear()
+    def take_changes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Indices and contents of the rows that changed since the last call; None: there are none."""
+        if not self._dirty:
+            return None
+        rows = np.array(sorted(self._dirty))
+        self._dirty.clear()
+        return rows, np.ascontiguousarray(self.host.take(rows, axis=self.axis))
+
+
+def flush(mirrors: Iterable[Mirror]) -> None:
+    """Upload the changed rows of all, in one copy. Nobody waits for it."""
+    changed = [(mirror, changes) for mirror in mirrors if (changes := mirror.take_changes())]
+    if not changed:
+        return
+    device = changed[0][0].device_table.device
+    arrived = iter(upload([array for _, changes in changed for array in changes], device))
+    for mirror, _ in changed:
+        mirror.device_table.index_copy_(mirror.axis, next(arrived), next(arrived))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace.request import Request
-from headrace.step import FAR, Mirror
+from headrace.step import FAR, Mirror, flush
 
 MAX_STOP_IDS = 32
 """Stop token ids a request may have, the model's own end tokens included."""
@@ -137,5 +137,4 @@ class RequestTable:
 
     def flush(self) -> None:
         """Upload what changed since the last step."""
-        for mirror in self._mirrors.values():
-            mirror.flush()
+        flush(self._mirrors.values())

@@ -22,6 +22,7 @@ from headrace.bench.workload import uniform
 from headrace.engine.engine import Engine
 from headrace.kernels.attention import AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import DrawParams, draw
+from headrace.kernels.place import place
 from headrace.llm import LLM
 from headrace.params import SamplingParams
 
@@ -185,8 +186,7 @@ class Loop:
 
     def _device_step(self) -> None:
         size = self.cache.page_size
-        page_B = self.page_table_BP[self.reqs_B, self.t_B // size].long()
-        self.place_B = page_B * size + self.t_B % size
+        self.place_B = place(self.rows.req_R, self.rows.b_R, self.kv_len_B, self.page_table_BP, size)
         lens = [(i, 1, n + 1) for i, n in enumerate(self.n_done)]
         self.plan = plan_attention(self.rows, self.page_table_BP, self.kv_len_B, size, lens)
         hidden_BE = self.model(self.tok_B, self)

@@ -29,7 +29,7 @@ from headrace.cache.prefix import PrefixIndex, PrefixNode
 from headrace.errors import ConfigError, InvariantError
 from headrace.kernels.place import place
 from headrace.request import Request
-from headrace.step import LayerState, Mirror, PageCodec
+from headrace.step import LayerState, Mirror, PageCodec, flush
 
 
 @dataclass(frozen=True)
@@ -331,10 +331,8 @@ class CacheManager:
 
         Tokens from the first eviction on are never published: their cache is not that of a whole prefill.
         """
-        if not self.prefix_caching or any(request.dropped):
-            return 0
         whole = min(request.n_done, request.exact_len) // self.page_size
-        if whole <= request.published:
+        if whole <= request.published or not self.prefix_caching or any(request.dropped):
             return 0
         self.index.extend_keys(request.unit_keys, request.tokens, request.salt)
         for k in range(request.published, whole):
@@ -464,7 +462,7 @@ class CacheManager:
 
     def flush(self) -> None:
         """Upload changed page-table rows."""
-        self._table.flush()
+        flush((self._table,))
 
     def audit(self, holders: Sequence[Request]) -> None:
         """Raise InvariantError unless the books balance against the requests that hold pages."""

@@ -91,14 +91,17 @@ class PrefixIndex:
         """Enter a unit. False if the key is known already; the caller's pages then stay private, but for those that
         the unit has lost."""
         node = self._nodes.get(key)
-        known = node is not None
         if node is None:
-            node = self._nodes[key] = PrefixNode(key, tuple(tokens), (0,) * len(pages))
+            self._nodes[key] = PrefixNode(key, tuple(tokens), tuple(pages))
+            for pool, page in enumerate(pages):
+                if page:
+                    self._by_page[pool, page] = key
+            return True
         if node.tokens == tuple(tokens):
             lost = [pool for pool, page in enumerate(pages) if page and not node.pages[pool]]
             self._by_page.update({(pool, pages[pool]): key for pool in lost})
             node.pages = tuple(mine or page for mine, page in zip(node.pages, pages, strict=True))
-        return not known
+        return False
 
     def holds(self, pool: int, page: int) -> bool:
         """Whether the page belongs to a published unit."""

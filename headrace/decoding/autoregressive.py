@@ -34,6 +34,8 @@ def walks(seg: Segment) -> Walks:
 class Autoregressive(Decoder):
     """One token a step and request."""
 
+    steady = True
+
     def demand(self, clocks: Clocks) -> Demand:
         """All pending tokens; one is enough for progress."""
         return Demand(1, clocks.n_tok - clocks.n_done)

@@ -223,6 +223,9 @@ class Decoder(ABC):
     """Most tokens that one step may emit for a request."""
     shift = 1
     """Index of the token that a row decides, minus the row's own."""
+    steady = False
+    """Whether a request with one token pending and nothing drafted gets one row in every step until it ends, and each
+    brings one token: such steps need not be composed."""
     tree = False
     """Whether rows of a request may see other rows of the step than all before them."""
     models: Sequence[CausalLM] = ()

@@ -27,6 +27,7 @@ from headrace.engine.graphs import StepGraphs
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
 from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
+from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
 from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
@@ -67,6 +68,8 @@ class EngineStats(SwapStats):
     """Grants that cut a prompt."""
     ahead: int = 0
     """Steps that were started before the one before had ended."""
+    steady: int = 0
+    """Steps that needed not be composed, because nothing had changed."""
     trigger_cuts: int = 0
     """Those of them that end where the cache is compacted."""
 
@@ -74,9 +77,9 @@ class EngineStats(SwapStats):
 class _Flight(NamedTuple):
     """A step that was started."""
 
-    granted: list[Granted]
+    granted: Sequence[Granted]
     report: Callable[[], StepReport]
-    clocks: dict[int, Clocks] | None
+    clocks: dict[int, Clocks] | SteadyBatch | None
     """Clocks behind it by arrival, if they can be foreseen."""
     began_s: float
 
@@ -160,6 +163,9 @@ class Engine:
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked
         self._flight: _Flight | None = None
+        self._steady: SteadyBatch | None = None
+        self._version = 0
+        """Grows when a request comes or goes: a steady batch of an older version is over."""
         self._landed_s = 0.0
         self.upkeep = Upkeep(
             self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
@@ -325,17 +331,24 @@ class Engine:
         far that no result depends on it; otherwise it waits first.
         """
         changed = self._end_late()
-        schedule = self._schedule_ahead() if self._flight else None
-        if schedule is None:
-            changed += self._land()
-            schedule = self._schedule()
-        granted = self._admit(schedule)
+        granted = self._steady_step()
+        if granted is None:
+            schedule = self._schedule_ahead() if self._flight else None
+            if schedule is None:
+                changed += self._land()
+                schedule = self._schedule()
+            granted = self._admit(schedule)
+            clocks: dict[int, Clocks] | SteadyBatch | None = self._foreseen(granted)
+            self._steady = self._find_steady(schedule, granted, clocks)
+        else:
+            clocks = self._steady
+            self.stats.steady += 1
         if granted:
             self.table.flush()
             self.cache.flush()
             before, began_s = self._flight, time.perf_counter()
             report = self.runner.launch(granted, self._processor_rows(granted))
-            self._flight = _Flight(granted, report, self._foreseen(granted), began_s)
+            self._flight = _Flight(granted, report, clocks, began_s)
             if before:
                 self.stats.ahead += 1
                 changed += self._collect(before)
@@ -345,12 +358,40 @@ class Engine:
             self.audit()
         return changed
 
+    def _steady_step(self) -> Sequence[Granted] | None:
+        """Grants that need not be composed: those of the step before, one token further on."""
+        steady, self._steady = self._steady, None
+        if steady is None or steady.version != self._version:
+            return None
+        granted = steady.next_step(1 if self._flight else 0)
+        if granted is not None:
+            self._steady = steady
+        return granted
+
+    def _find_steady(
+        self, schedule: Schedule, granted: Sequence[Granted], clocks: dict[int, Clocks] | SteadyBatch | None
+    ) -> SteadyBatch | None:
+        """What follows a step, if the same follows until something changes."""
+        if not granted or len(granted) < len(self._running) or schedule.admitted or not self.scheduler.steady:
+            return None
+        if self.plans_ahead and clocks is None:
+            return None
+        if any(g.rows > 1 or g.pending > 1 or not self.decoders[g.request.decoder].steady for g in granted):
+            return None
+        if self._waiting:
+            # Nobody can start while all seats are taken by requests of no lower priority.
+            lowest = max(request.priority for request in self._running.values())
+            if len(self._running) < self.config.max_num_seqs or self._waiting[0].priority < lowest:
+                return None
+        return SteadyBatch(granted, self.cache, self._version)
+
     def _foreseen(self, granted: Sequence[Granted]) -> dict[int, Clocks] | None:
         """Clocks behind a step, by arrival; None if those of one request cannot be foreseen."""
         if not self.plans_ahead:
             return None
         foreseen: dict[int, Clocks] = {}
-        for request, rows, n_done, pending in granted:
+        for request, rows, ahead, pending in granted:
+            n_done = request.n_done + ahead
             before = Clocks(n_done + pending, n_done, request.drafted, request.limit)
             clocks = self.decoders[request.decoder].foresee(before, rows)
             if clocks is None or self._processors[request.index] or request.scores_prompt:
@@ -536,22 +577,23 @@ class Engine:
             self.cache.reserve(request, ahead + min(rows + demand.scratch, request.limit - n_done))
             self.stats.chunks += rows < pending
             self.stats.trigger_cuts += rows < pending and n_done + rows == request.trigger
-            granted.append(Granted(request, rows, n_done, pending))
+            granted.append(Granted(request, rows, ahead, pending))
         # Requests of one decoder stand together; sorting keeps their order.
         order = {name: place for place, name in enumerate(self.decoders)}
         return sorted(granted, key=lambda g: order[g.request.decoder])
 
     def _processor_rows(self, granted: Sequence[Granted]) -> list[tuple[LogitProcessor, list[int]]]:
         """Each processor that is wanted in this step with its rows, in the order of registration."""
-        active = [self._processors[g.request.index] for g in granted]
-        if not any(active):
+        if not any(self._processors.values()):
             return []
+        active = [self._processors[g.request.index] for g in granted]
         rows = [(p, [i for i, wanted in enumerate(active) if p in wanted]) for p in self.processors]
         return [(processor, picked) for processor, picked in rows if picked]
 
     def _collect(self, flight: _Flight) -> list[Request]:
         """Wait for a step. Append what was committed, publish whole pages, end what has ended."""
         report = flight.report()
+        emit, n_kv, given = report.emit, report.n_kv, report.given
         landed_s = time.perf_counter()
         # A step that was started beside the one before began to run when that one had ended.
         seconds = landed_s - max(flight.began_s, self._landed_s)
@@ -559,19 +601,18 @@ class Engine:
         self.preemption.costs.saw_step(sum(g.rows for g in flight.granted), seconds)
         now_s = self.clock()
         changed: list[Request] = []
-        for i, (request, _, _, _) in enumerate(flight.granted):
+        for i, granted in enumerate(flight.granted):
+            request = granted.request
             if request.finish:
                 continue  # it was aborted, or ended in the step before this one was planned to follow
-            request.n_done += report.n_kv[i]
-            if i in report.given:
+            request.n_done += n_kv[i]
+            if i in given:
                 if not request.prompt_logprobs:
                     request.prompt_logprobs.append(None)
-                request.prompt_logprobs.extend(
-                    _positions(report.given[i], request.tokens, len(request.prompt_logprobs))
-                )
-            new, finish = report.emit[i], Finish(report.finish[i])
+                request.prompt_logprobs.extend(_positions(given[i], request.tokens, len(request.prompt_logprobs)))
+            new, finish = emit[i], Finish(report.finish[i]) if report.finish[i] else Finish.NONE
             request.drafted = report.drafted[i]
-            stop_text = self._take(request, new, report, i, now_s)
+            stop_text = self._take(request, new, report, i, now_s) if new else None
             if stop_text is not None:
                 request.stop_reason = stop_text
                 finish = Finish.STOP
@@ -591,14 +632,14 @@ class Engine:
 
     def _take(self, request: Request, new: list[int], report: StepReport, i: int, now_s: float) -> str | None:
         """Append emitted tokens one by one, up to the one that completes a stop string; returns that string."""
-        if new and request.first_token_s is None:
+        if request.first_token_s is None:
             request.first_token_s = now_s
         stop_text = None
-        first = request.n_tok
-        for token in new:
+        first, processors = request.n_tok, self._processors[request.index]
+        for token, logprob in zip(new, report.logprob[i], strict=True):
             request.tokens.append(token)
-            request.token_logprobs.append(report.logprob[i][request.n_tok - first - 1])
-            for processor in self._processors[request.index]:
+            request.token_logprobs.append(logprob)
+            for processor in processors:
                 processor.observe(request.index, token)
             if self.on_token:
                 stop_text = self.on_token(request, [token])
@@ -653,6 +694,7 @@ class Engine:
         self.decoders[request.decoder].release(request)
         request.drafted = 0
         del self._running[request.arrival]
+        self._version += 1
         self._free_indices.append(request.index)
         request.index = -1
 
@@ -708,6 +750,7 @@ class Engine:
     def _enqueue(self, request: Request) -> None:
         request.arrival = self._arrivals
         self._arrivals += 1
+        self._version += 1
         if request.deadline_at_s is not None:
             self._next_deadline_s = min(self._next_deadline_s, request.deadline_at_s)
         self.stats.requests += 1

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.staging import Sheet
+
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows and requests of recorded steps; wider ones are not recorded."""
 
@@ -38,34 +40,6 @@ def ghost_grants(grants: Sequence[int]) -> list[int] | None:
         share, rest = divmod(rows - n_rows, max(ghosts, 1))
         return [share + (i < rest) for i in range(ghosts)]
     return None
-
-
-class Sheet:
-    """The index arrays of a step in one buffer: one copy brings them all to the device."""
-
-    def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
-        """Buffer and views for arrays of these shapes and types."""
-        self._ends: list[int] = []
-        end = 0
-        for array in arrays:
-            end += -(-array.nbytes // 8) * 8  # the widest elements have eight bytes
-            self._ends.append(end)
-        self._buffer = torch.empty(end, dtype=torch.uint8, device=device)
-        self.views = [
-            self._part(self._buffer, i, array).view(torch.from_numpy(array).dtype) for i, array in enumerate(arrays)
-        ]
-
-    def _part(self, buffer: Tensor, i: int, array: np.ndarray) -> Tensor:
-        begin = self._ends[i - 1] if i else 0
-        return buffer[begin : begin + array.nbytes]
-
-    def fill(self, arrays: Sequence[np.ndarray]) -> None:
-        """Copy arrays of the same shapes. Does not wait: the device gets them in the order of its stream."""
-        # The allocator of pinned memory gives a block to others only when its copies are done.
-        staged = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=self._buffer.is_cuda)
-        for i, array in enumerate(arrays):
-            self._part(staged, i, array).numpy()[:] = np.ascontiguousarray(array).view(np.uint8)
-        self._buffer.copy_(staged, non_blocking=True)
 
 
 class StepGraphs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ from headrace.cache.states import StateStore
 from headrace.codecs.forms import Form, GroupStep
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
-from headrace.engine.graphs import BUCKETS, Sheet, StepGraphs, ghost_grants
+from headrace.engine.graphs import BUCKETS, StepGraphs, ghost_grants
 from headrace.kernels.advance import Advanced
 from headrace.kernels.attention import AttentionRows
 from headrace.kernels.draw import Drawn, DrawParams, draw
@@ -32,6 +32,7 @@ from headrace.models.base import CausalLM
 from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
 from headrace.sampling.processors import LogitProcessor
+from headrace.staging import upload
 from headrace.step import Commit, OutTable, RowTable, Scan
 from headrace.tables import RequestTable
 
@@ -44,10 +45,10 @@ class Granted(NamedTuple):
 
     request: Request
     rows: int
-    n_done: int
-    """Committed tokens before the step, those of a step that is still running included."""
+    ahead: int
+    """Tokens that a step which is still running will commit before this one."""
     pending: int
-    """Tokens known and not committed, likewise."""
+    """Tokens known and not committed before the step, those that the running one brings included."""
 
 
 T = TypeVar("T")
@@ -82,6 +83,16 @@ class _Done(NamedTuple):
     def packed(self) -> Tensor:
         """In one tensor."""
         return report(self.advanced, self.drafted_B, Priced(self.commit.emit, self.commit.priced_by, self.logp_M))
+
+
+class _Padded(NamedTuple):
+    """A step that is recorded or replayed. Its index arrays stay on the device until the next such step is made."""
+
+    granted: Sequence[Granted]
+    """The same list again: the same step again."""
+    key: Hashable
+    step: Callable[[], Tensor]
+    e_max: int
 
 
 ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
@@ -223,6 +234,7 @@ class Runner:
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
         self.graphs = graphs
+        self._padded: _Padded | None = None
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
         self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
@@ -253,9 +265,12 @@ class Runner:
         nothing here waits for the device.
         """
         self._count(granted)
+        if self._padded and self._padded.granted is granted and not processors:
+            return self._start(self._padded)
         ghosts = self._padding(granted, processors)
-        if ghosts is not None:
-            return self._launch_padded(granted, ghosts)
+        self._padded = None if ghosts is None else self._pad(granted, ghosts)
+        if self._padded:
+            return self._start(self._padded)
         clock = [time.perf_counter()]
         rows, segments = self._build(granted)
         done = self._run(granted, rows, segments, self._spans(granted), processors, clock)
@@ -278,7 +293,8 @@ class Runner:
             return None
         return ghost_grants([g.rows for g in granted])
 
-    def _launch_padded(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> Callable[[], StepReport]:
+    def _pad(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> _Padded:
+        """The step over the granted rows and ghosts, its index arrays on the device."""
         assert self.graphs is not None
         grants = [*(g.rows for g in granted), *ghosts]
         decoder = self.decoders[granted[0].request.decoder]
@@ -297,8 +313,13 @@ class Runner:
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
             return self._run(granted, seg.rows, [(decoder, seg)], None, (), []).packed()
 
-        fetch = _fetch(self.graphs.run(key, step), decoder.e_max)
-        return lambda: self._report(granted, fetch(), {}, {})
+        return _Padded(granted, key, step, decoder.e_max)
+
+    def _start(self, padded: _Padded) -> Callable[[], StepReport]:
+        """Run or replay a step whose index arrays are on the device."""
+        assert self.graphs is not None
+        fetch = _fetch(self.graphs.run(padded.key, padded.step), padded.e_max)
+        return lambda: self._report(padded.granted, fetch(), {}, {})
 
     def _run(
         self,
@@ -343,11 +364,10 @@ class Runner:
             return rows, segments
         arrays = [seg.arrays() for _, seg in segments]
         values = [*borders, *(array for found in arrays for array in found.values())]
-        sheet = Sheet(values, self.device)
-        sheet.fill(values)
-        rows.reqs.copy_(sheet.views[0])
-        rows.row_ptr.copy_(sheet.views[1])
-        views = iter(sheet.views[2:])
+        reqs_B, row_ptr_B1, *rest = upload(values, self.device)
+        rows.reqs.copy_(reqs_B)
+        rows.row_ptr.copy_(row_ptr_B1)
+        views = iter(rest)
         for (_, seg), found in zip(segments, arrays, strict=True):
             seg.use({name: next(views) for name in found})
         return rows, segments
@@ -355,8 +375,7 @@ class Runner:
     def _spans(self, granted: Sequence[Granted]) -> list[Span]:
         spans: list[Span] = []
         first = 0
-        for request, size, done, _ in granted:
-            ahead = done - request.n_done
+        for request, size, ahead, _ in granted:
             slots = max((request.slots(g) for g in self.target.groups), default=0)
             spans.append((first, size, slots + ahead + size))
             first += size

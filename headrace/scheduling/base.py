@@ -90,6 +90,10 @@ class Schedule:
 class SchedulerPolicy(Protocol):
     """Four decisions, each a pure function of the snapshot."""
 
+    steady: bool
+    """Whether, as long as everybody who runs decodes and nobody else can start, everybody gets a row in every step that
+    the budget and the pages allow. Such steps are not composed again."""
+
     def order(self, snapshot: Snapshot) -> list[list[RequestView]]:
         """Phases of requests, each in the order in which they get rows; the step is the first phase in which
         anybody does. The first request of a phase is served before all others whatever its demand."""

@@ -32,6 +32,8 @@ def _by_class(view: RequestView) -> tuple[int, int, int]:
 class SplitFuse:
     """Decode first, chunked prompts fill the step; the first in rank of those that run goes before everybody."""
 
+    steady = True
+
     def order(self, snapshot: Snapshot) -> list[list[RequestView]]:
         """By priority; among equals decoding requests, then begun prompts, then waiting ones, each by arrival. In
         front of the highest priority goes the oldest of its running requests."""

@@ -90,8 +90,8 @@ def move(engine: Engine, request_id: str, samples: list[Request]) -> list[Reques
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.names())
 def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, events: Counter[str]) -> None:
-    kinds = "famine,hit,fork,abort,moved,evicted and moved,compaction,mixed decoders,speculated,planned ahead,replayed"
-    events.update(dict.fromkeys([*kinds.split(","), "chunk", "swap"], 0))
+    kinds = "famine,hit,fork,abort,moved,evicted and moved,compaction,mixed decoders,speculated,replayed"
+    events.update(dict.fromkeys([*kinds.split(","), "chunk", "swap", "planned ahead", "steady"], 0))
     decoders = [name for name in DECODERS.names() if name != "test_soft"]
     loaded = ",".join(["full", *EVICTED, "test_scattered"])
 
@@ -130,6 +130,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, eve
         events["swap"] += engine.stats.swaps
         events["compaction"] += engine.upkeep.stats.compactions
         events["planned ahead"] += engine.stats.ahead
+        events["steady"] += engine.stats.steady
         events["replayed"] += engine.runner.graphs.replays if engine.runner.graphs else 0
         events["chunk"] += engine.stats.chunks
         for one in arrivals:

@@ -77,7 +77,7 @@ def serve(engine: Engine, arrivals: list[tuple[int, tuple[int, ...], SamplingPar
 def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, events: Counter[str]) -> None:
     """`ahead`: steps are planned while the one before runs, and padded to the shapes that a GPU records."""
     counted = ["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token", "stopped late"]
-    events.update(dict.fromkeys([*counted, "planned ahead", "padded shape"] if ahead else counted[:-1], 0))
+    events.update(dict.fromkeys([*counted, "planned ahead", "padded shape", "steady"] if ahead else counted[:-1], 0))
 
     @settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -127,6 +127,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         if ahead:
             assert engine.runner.graphs is not None
             events["planned ahead"] += engine.stats.ahead
+            events["steady"] += engine.stats.steady
             events["stopped late"] += engine.stats.ahead and any(r.finish is Finish.STOP for r in requests)
             events["padded shape"] += len(engine.runner.graphs.keys)
 

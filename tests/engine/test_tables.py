@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headrace.step import Mirror
+from headrace.step import Mirror, flush
 
 
 def test_only_touched_rows_are_uploaded() -> None:
@@ -15,12 +15,12 @@ def test_only_touched_rows_are_uploaded() -> None:
         mirror.host = mirror.host.copy()
         mirror.host[...] = 1
         mirror.touch(2)
-        mirror.flush()
+        flush((mirror,))
         expected = torch.full(shape, 7, dtype=torch.int32)
         expected.select(axis, 2).fill_(1)
         assert torch.equal(mirror.device_table, expected)
         mirror.host[...] = 5
-        mirror.flush()
+        flush((mirror,))
         assert torch.equal(mirror.device_table, expected)
 
 
