@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention import AttentionPlan, AttentionRows, attend, plan_attention, write_kv
+from headrace.kernels.attention import AttentionPlan, AttentionRows, Chain, attend, plan_attention, write_kv
 
 TRASH = 0
 """The page that ghosts write to; no request holds it."""
@@ -39,6 +39,8 @@ class GroupStep(NamedTuple):
     """By request: first row, number of rows, bound on the slots that they see. None: the step is to be recorded."""
     prompt_len_B: Tensor
     """Tokens of the prompt by request index, int32 [Bmax+1]."""
+    chains: Sequence[Chain] = ()
+    """Requests with several rows that each see all slots before them; none where the step is to be recorded."""
 
 
 class Selection(Protocol):
@@ -105,7 +107,9 @@ class Direct(Form):
         """The attention's own plan."""
         (table_BP,) = step.tables
         return _DirectPlan(
-            step, table_BP, plan_attention(step.rows, table_BP, step.kv_len_B, step.page_size, step.spans)
+            step,
+            table_BP,
+            plan_attention(step.rows, table_BP, step.kv_len_B, step.page_size, step.spans, step.chains),
         )
 
     def attend(
@@ -136,6 +140,7 @@ class Direct(Form):
             softcap=softcap,
             sinks_H=sinks_H,
             plan=plan.attention,
+            own=(k_RKD, v_RKD),
         )
         return out_RHD
 

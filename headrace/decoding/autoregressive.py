@@ -35,6 +35,7 @@ class Autoregressive(Decoder):
     """One token a step and request."""
 
     steady = True
+    causal = True
 
     def demand(self, clocks: Clocks) -> Demand:
         """All pending tokens; one is enough for progress."""

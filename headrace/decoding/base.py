@@ -226,6 +226,9 @@ class Decoder(ABC):
     steady = False
     """Whether a request with one token pending and nothing drafted gets one row in every step until it ends, and each
     brings one token: such steps need not be composed."""
+    causal = False
+    """Whether row k of a request writes slot n + k and sees the slots [0, n + k], and no others, in every step.
+    Long prompts of such a decoder may be evaluated in a faster way. A decoder with `tree` is not taken at its word."""
     tree = False
     """Whether rows of a request may see other rows of the step than all before them."""
     models: Sequence[CausalLM] = ()

@@ -27,6 +27,7 @@ class ChainDecoder(Decoder):
     Letters: K drafts at most (`draft_tokens`), W = K + 1 draws at most.
     """
 
+    causal = True
     scratch = 0
     """See `Demand.scratch`."""
 

@@ -24,7 +24,7 @@ from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
 from headrace.engine.graphs import BUCKETS, StepGraphs, ghost_grants
 from headrace.kernels.advance import Advanced
-from headrace.kernels.attention import AttentionRows
+from headrace.kernels.attention import AttentionRows, Chain
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.kernels.draw_rows import DrawTables, draw_rows
 from headrace.kernels.report import Priced, report
@@ -150,7 +150,14 @@ class Stream:
 class _Context:
     """What the layers see of a step: positions, attention over the rows, and recurrences."""
 
-    def __init__(self, runner: Runner, stream: Stream, rows: RowTable, spans: Sequence[Span] | None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        stream: Stream,
+        rows: RowTable,
+        spans: Sequence[Span] | None,
+        granted: Sequence[Granted] = (),
+    ) -> None:
         self._cache = runner.cache
         self._first_layer, self._form = stream.first_layer, stream.form
         self.states = runner.states.step(rows.reqs, rows.row_ptr)
@@ -174,6 +181,7 @@ class _Context:
                     window,
                     spans,
                     runner.table.prompt_len,
+                    runner.chains(granted, g) if spans and granted else (),
                 )
             )
 
@@ -334,7 +342,7 @@ class Runner:
         for decoder, seg in segments:
             decoder.plan(seg)
         outs = self._outs(granted, rows, segments)
-        context = _Context(self, self.target, rows, spans)
+        context = _Context(self, self.target, rows, spans, granted)
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
@@ -380,6 +388,17 @@ class Runner:
             spans.append((first, size, slots + ahead + size))
             first += size
         return spans
+
+    def chains(self, granted: Sequence[Granted], group: int) -> list[Chain]:
+        """The requests with several rows that each see everything before them in a group of the target."""
+        chains: list[Chain] = []
+        first = 0
+        for request, size, ahead, _ in granted:
+            decoder = self.decoders[request.decoder]
+            if size > 1 and decoder.causal and not decoder.tree:
+                chains.append(Chain(first, size, request.slots(group) + ahead))
+            first += size
+        return chains
 
     def _segments(self, granted: Sequence[Granted], rows: RowTable) -> list[tuple[Decoder, Segment]]:
         """Neighbours with the same decoder, in the order of the step."""

@@ -15,11 +15,12 @@ from headrace.kernels.attention import cpu, gpu, reference
 from headrace.kernels.attention.cpu import CpuPlan
 from headrace.kernels.attention.gpu import GpuPlan
 from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
+from headrace.kernels.attention.squares import Chain
 from headrace.step import NONE
 
 AttentionPlan = CpuPlan | GpuPlan | ReferencePlan
 
-__all__ = ["NONE", "AttentionPlan", "AttentionRows", "Span", "attend", "plan_attention", "write_kv"]
+__all__ = ["NONE", "AttentionPlan", "AttentionRows", "Chain", "Span", "attend", "plan_attention", "write_kv"]
 
 
 def plan_attention(
@@ -28,6 +29,7 @@ def plan_attention(
     kv_len_B: Tensor,
     page_size: int,
     lens: Sequence[tuple[int, int, int]] | None = None,
+    chains: Sequence[Chain] = (),
 ) -> AttentionPlan:
     """Prepare one step of one group of layers; all layers of the group use the result.
 
@@ -41,11 +43,13 @@ def plan_attention(
         page_size: S, slots in a page.
         lens: by request of the step (first row, number of rows, bound on the slots its rows see), if the host knows
             them; the CPU form and the reference wait for the device without it. A GPU has no use for it.
+        chains: what the host knows of requests with many rows that each see all before them: a GPU may take a faster
+            way. Not for a step that is recorded and replayed with other sizes.
     """
     if kv_len_B.device.type == "cpu":
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
     if kv_len_B.device.type == "cuda":
-        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size)
+        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, chains)
     return reference.plan_attention(rows, kv_len_B, lens)
 
 
@@ -64,6 +68,7 @@ def attend(
     need_lse: bool = False,
     lens: Sequence[tuple[int, int, int]] | None = None,
     plan: AttentionPlan | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all rows of a step in one layer.
 
@@ -80,6 +85,7 @@ def attend(
         need_lse: also return the logarithm of the softmax denominator.
         lens: see `plan_attention`; read only without a plan.
         plan: the step's plan.
+        own: keys [R, K, D] and values [R, K, Dv] of the rows, as they were written; needed to make use of `chains`.
 
     Returns:
         out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
@@ -92,6 +98,7 @@ def attend(
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
     form: Any = {CpuPlan: cpu.attend, GpuPlan: gpu.attend, ReferencePlan: reference.attend}[type(plan)]
+    extra = {"own": own} if isinstance(plan, GpuPlan) else {}
     result: tuple[Tensor, Tensor | None] = form(
         q_RHD,
         rows,
@@ -105,6 +112,7 @@ def attend(
         sinks_H=sinks_H,
         need_lse=need_lse,
         plan=plan,
+        **extra,
     )
     return result
 

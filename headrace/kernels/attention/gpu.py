@@ -6,12 +6,15 @@ captured in a graph. float64 runs `by_rows.py`. Letters: see `reference.py`; als
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention import by_rows, reference
+from headrace.kernels.attention import by_rows, reference, squares
 from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded
 from headrace.kernels.attention.reference import AttentionRows
+from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
 from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,13 +25,33 @@ _LOG2_E = 1.4426950408889634
 class GpuPlan:
     """What all layers of a step share: the tables of the step, and lists of tiles, made when first asked for."""
 
-    def __init__(self, rows: AttentionRows, page_table_BP: Tensor, kv_len_B: Tensor, page_size: int) -> None:
+    def __init__(
+        self,
+        rows: AttentionRows,
+        page_table_BP: Tensor,
+        kv_len_B: Tensor,
+        page_size: int,
+        chains: Sequence[Chain] = (),
+    ) -> None:
         reference.check_bits(rows)
         self.rows, self.kv_len_B = rows, kv_len_B
+        self.squares = find_squares(chains)
+        self._paged: GpuPlan | None = None
+        self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def paged(self) -> GpuPlan:
+        """The plan of what the squares leave: their rows see the committed slots only."""
+        if self._paged is None:
+            c_R = self.rows.c_R.clone()
+            for first, rows, _ in self.squares:
+                c_R[first : first + rows] = self.rows.b_R[first : first + rows]
+            page_table_BP, page_size = self._tables
+            self._paged = GpuPlan(self.rows._replace(c_R=c_R), page_table_BP, self.kv_len_B, page_size)
+        return self._paged
 
     def shape(self, heads: Heads) -> Shape:
         """The cut of the step for heads of one kind; see `gpu_shape.choose_shape`."""
@@ -92,11 +115,16 @@ def attend(
     sinks_H: Tensor | None = None,
     need_lse: bool = False,
     plan: GpuPlan | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all rows of a step; see the package for arguments and results."""
     kv_heads, _, page_size, size = k_pool_KPSD.shape
     v_size, dtype = v_pool_KPSD.shape[3], q_RHD.dtype
     plan = plan or GpuPlan(rows, page_table_BP, kv_len_B, page_size)
+    simple = not window and not softcap and sinks_H is None and not need_lse and rows.bits_R is None
+    if plan.squares and own is not None and simple and dtype in squares.TYPES and size == v_size in squares.SIZES:
+        tables = k_pool_KPSD, v_pool_KPSD, page_table_BP, kv_len_B
+        return _attend_beside_squares(q_RHD, plan, *tables, scale, own), None
     if k_pool_KPSD.dtype != dtype or v_pool_KPSD.dtype != dtype or dtype not in (*TYPES, torch.float64):
         raise ValueError(
             f"queries are {dtype}, pools {k_pool_KPSD.dtype} and {v_pool_KPSD.dtype}: attention on a GPU takes one "
@@ -197,6 +225,45 @@ def attend(
             num_warps=4,
         )
     return out_RHD, lse_RH
+
+
+def _attend_beside_squares(
+    q_RHD: Tensor,
+    plan: GpuPlan,
+    k_pool_KPSD: Tensor,
+    v_pool_KPSD: Tensor,
+    page_table_BP: Tensor,
+    kv_len_B: Tensor,
+    scale: float,
+    own: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Squares by themselves, all else by pages, and the two joined."""
+    n_rows = q_RHD.shape[0]
+    needs_lse = any(square.committed for square in plan.squares)
+    k_RKD, v_RKD = own
+    whole = plan.squares[0]
+    if not needs_lse and whole.rows == n_rows:
+        return attend_square(q_RHD, k_RKD, v_RKD, scale, False)[0]
+    paged = plan.paged()
+    out_RHD, lse_RH = attend(
+        q_RHD,
+        paged.rows,
+        k_pool_KPSD,
+        v_pool_KPSD,
+        page_table_BP,
+        kv_len_B,
+        scale=scale,
+        need_lse=needs_lse,
+        plan=paged,
+    )
+    for first, rows, committed in plan.squares:
+        mine = slice(first, first + rows)
+        part_rHD, part_lse_rH = attend_square(q_RHD[mine], k_RKD[mine], v_RKD[mine], scale, committed > 0)
+        if committed and lse_RH is not None:
+            join(out_RHD[mine], lse_RH[mine], part_rHD, part_lse_rH)
+        else:
+            out_RHD[mine] = part_rHD
+    return out_RHD
 
 
 def _head_stride(pool_KPSD: Tensor) -> int:
