@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,18 +51,15 @@ class Granted(NamedTuple):
     """Tokens known and not committed before the step, those that the running one brings included."""
 
 
-T = TypeVar("T")
+class _Read(NamedTuple):
+    """What the host reads of a step: [B] or [B, E]."""
 
-
-class _Read(NamedTuple, Generic[T]):
-    """What the host reads of a step, as tensors or arrays: [B] or [B, E]."""
-
-    n_kv: T
-    n_emit: T
-    finish: T
-    drafted: T | None
-    emit: T
-    logprob: T
+    n_kv: np.ndarray
+    n_emit: np.ndarray
+    finish: np.ndarray
+    drafted: np.ndarray | None
+    emit: np.ndarray
+    logprob: np.ndarray
 
 
 class _Done(NamedTuple):
@@ -75,14 +72,26 @@ class _Done(NamedTuple):
     raw_MV: Tensor
     given: dict[int, TopLogprobs]
 
-    def read(self) -> _Read[Tensor]:
-        """As it stands."""
-        commit = self.commit
-        return _Read(*self.advanced, self.drafted_B, commit.emit, self.logp_M[commit.priced_by.long()])
+    def read(self) -> _Read:
+        """As it stands in the memory of the CPU."""
+        n_kv, n_emit, finish, emit, draw = (
+            x.numpy() for x in (*self.advanced, self.commit.emit, self.commit.priced_by)
+        )
+        drafted = None if self.drafted_B is None else self.drafted_B.numpy()
+        return _Read(n_kv, n_emit, finish, drafted, emit, self.logp_M.numpy()[draw])
 
     def packed(self) -> Tensor:
         """In one tensor."""
         return report(self.advanced, self.drafted_B, Priced(self.commit.emit, self.commit.priced_by, self.logp_M))
+
+
+class _Built(NamedTuple):
+    """A step that runs as it is. Its index arrays stay as they are until the next such step is built."""
+
+    granted: Sequence[Granted]
+    """The same list again: the same step again, one token further on."""
+    rows: RowTable
+    segments: list[tuple[Decoder, Segment]]
 
 
 class _Padded(NamedTuple):
@@ -243,6 +252,7 @@ class Runner:
         self.times = StepTimes()
         self.graphs = graphs
         self._padded: _Padded | None = None
+        self._built: _Built | None = None
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
         self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
@@ -278,9 +288,12 @@ class Runner:
         ghosts = self._padding(granted, processors)
         self._padded = None if ghosts is None else self._pad(granted, ghosts)
         if self._padded:
+            self._built = None
             return self._start(self._padded)
         clock = [time.perf_counter()]
-        rows, segments = self._build(granted)
+        if self._built is None or self._built.granted is not granted:
+            self._built = _Built(granted, *self._build(granted))
+        _, rows, segments = self._built
         done = self._run(granted, rows, segments, self._spans(granted), processors, clock)
         top = self._top(granted, done)
         if self.device.type == "cpu":
@@ -518,7 +531,7 @@ class Runner:
         return top
 
     def _report(
-        self, granted: Sequence[Granted], read: _Read[Any], top: dict[int, TopLogprobs], given: dict[int, TopLogprobs]
+        self, granted: Sequence[Granted], read: _Read, top: dict[int, TopLogprobs], given: dict[int, TopLogprobs]
     ) -> StepReport:
         count = len(granted)
         n_emit = read.n_emit[:count].tolist()
@@ -582,7 +595,7 @@ def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:
     return [np.array(reqs, np.int32), np.array(borders, np.int32)]
 
 
-def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
+def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read]:
     """Start the copy of a packed report to the host; the result waits for it."""
     is_cuda = packed.is_cuda
     landed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=is_cuda)
@@ -591,7 +604,7 @@ def _fetch(packed: Tensor, e_max: int) -> Callable[[], _Read[np.ndarray]]:
     if event is not None:
         event.record()
 
-    def read() -> _Read[np.ndarray]:
+    def read() -> _Read:
         if event is not None:
             event.synchronize()
         n_kv, n_emit, finish, drafted, *rest = landed.numpy()

@@ -88,11 +88,21 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         seats=st.sampled_from([1, 3, 8, 8]),
         caching=st.booleans() | st.just(True),
         tight=st.booleans(),
+        again=st.booleans(),
     )
     def run(
-        arrivals: Any, budget: int, page_size: int, spare_pages: int, seats: int, caching: bool, tight: bool
+        arrivals: Any,
+        budget: int,
+        page_size: int,
+        spare_pages: int,
+        seats: int,
+        caching: bool,
+        tight: bool,
+        again: bool,
     ) -> None:
         longest = 80
+        if again:  # a prompt that was there before is found in the cache
+            arrivals = [*arrivals, (9, arrivals[0][1], arrivals[-1][2], None)]
         if tight:  # all at once, to the end, with room for one: pages run out
             arrivals = [(0, prompt[-4:], replace(p, max_tokens=30), None) for _, prompt, p, _ in arrivals]
             spare_pages, seats = 0, 8

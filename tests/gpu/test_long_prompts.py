@@ -31,9 +31,7 @@ def test_a_step_of_the_engine_takes_squares(monkeypatch: pytest.MonkeyPatch) -> 
     for least in (4, 10**9):
         monkeypatch.setattr(squares, "LEAST", least)
         # Chunks of so few rows would be recorded, and squares are for those that are too wide for that.
-        llm = LLM(
-            device="cuda", dtype="bfloat16", max_num_batched_tokens=128, kv_cache_gib=0.5, cuda_graphs=False
-        )
+        llm = LLM(device="cuda", dtype="bfloat16", max_num_batched_tokens=128, kv_cache_gib=0.5, cuda_graphs=False)
         texts.append(llm.generate([prompt], params)[0].outputs[0].token_ids)
     assert set(taken) == {128, 44}
     assert texts[0] == texts[1], "a near tie may differ: then choose another prompt"

@@ -56,4 +56,4 @@ def advance_cpu(clocks: Clocks, reqs_B: Tensor, n_kv_B: Tensor, n_emit_B: Tensor
     out_3B = np.empty((3, len(reqs_B)), np.int32)
     tables = tuple([x.numpy() for x in clocks])
     _advance(tables, reqs_B.numpy(), n_kv_B.numpy(), n_emit_B.numpy(), emit_BE.contiguous().numpy(), out_3B)
-    return Advanced(*torch.from_numpy(out_3B))
+    return Advanced(*map(torch.from_numpy, out_3B))

@@ -33,6 +33,7 @@ def draw_rows_cpu(tables: DrawTables, req_R: Tensor, t_R: Tensor, out_row_M: Ten
     stream_M2 = np.empty((n_draws, 2), np.int32)
     arrays = tuple([x.numpy() for x in tables])
     _gather(arrays, req_R.numpy(), t_R.numpy(), out_row_M.numpy(), shift, reals_3M, ints_2M, stream_M2)
-    temperature_M, top_p_M, min_p_M = torch.from_numpy(reals_3M)
-    top_k_M, t_out_M = torch.from_numpy(ints_2M)
+    # Rows of an array cost less to take than rows of a tensor.
+    temperature_M, top_p_M, min_p_M = map(torch.from_numpy, reals_3M)
+    top_k_M, t_out_M = map(torch.from_numpy, ints_2M)
     return DrawRows(DrawParams(temperature_M, top_k_M, top_p_M, min_p_M), torch.from_numpy(stream_M2), t_out_M)

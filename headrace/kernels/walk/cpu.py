@@ -45,5 +45,4 @@ def walk_cpu(walks: Walks, id_M: Tensor, drafts: Drafts | None = None) -> Walked
     emit_BW, priced_by_BW = np.empty((2, n_reqs, width), np.int32)
     tables = (_NONE_2, _NONE_1) if drafts is None else (drafts.token_BK.numpy(), drafts.count_B.numpy())
     _walk(tuple([x.numpy() for x in walks]), id_M.numpy(), *tables, out_2B, emit_BW, priced_by_BW)
-    n_kv_B, n_emit_B = torch.from_numpy(out_2B)
-    return Walked(n_kv_B, n_emit_B, torch.from_numpy(emit_BW), torch.from_numpy(priced_by_BW))
+    return Walked(*map(torch.from_numpy, (*out_2B, emit_BW, priced_by_BW)))
