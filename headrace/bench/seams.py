@@ -190,7 +190,8 @@ class Loop:
         lens = [(i, 1, n + 1) for i, n in enumerate(self.n_done)]
         self.plan = plan_attention(self.rows, self.page_table_BP, self.kv_len_B, size, lens)
         hidden_BE = self.model(self.tok_B, self)
-        drawn = draw(self.model.logits(hidden_BE).float(), self.params, self.stream_B2, self.t_B + 1)
+        logits_BV = self.model.logits(hidden_BE)
+        drawn = draw(logits_BV if logits_BV.is_cuda else logits_BV.float(), self.params, self.stream_B2, self.t_B + 1)
         self.tok_B.copy_(drawn.id_M)
         self.t_B += 1
         self.kv_len_B[self.reqs_B] += 1

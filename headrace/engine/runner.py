@@ -361,7 +361,7 @@ class Runner:
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
         hidden_ME = self.model(rows.tok, context, wanted_M)
         self._tick(clock)
-        raw_MV = self.model.logits(hidden_ME[: outs.n_draw]).float()
+        raw_MV = self._logits(hidden_ME[: outs.n_draw])
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
         drawn = self._draw(rows, raw_MV, processors, segments)
@@ -429,6 +429,11 @@ class Runner:
             first_row, first = first_row + sum(grants), first + len(mine)
         return segments
 
+    def _logits(self, hidden_ME: Tensor) -> Tensor:
+        """Logits in a type that draws are made from: on a GPU half a type needs no pass to widen it."""
+        logits_MV = self.model.logits(hidden_ME)
+        return logits_MV if logits_MV.is_cuda and logits_MV.dtype != torch.float64 else logits_MV.float()
+
     def _outs(
         self, granted: Sequence[Granted], rows: RowTable, segments: Sequence[tuple[Decoder, Segment]]
     ) -> OutTable:
@@ -464,7 +469,7 @@ class Runner:
     ) -> Drawn:
         logits_MV = raw_MV
         if processors:
-            logits_MV = raw_MV.clone()
+            logits_MV = raw_MV.to(torch.float32, copy=True)
             counts = [n for _, seg in segments for n in seg.outputs]
             firsts = list(itertools.accumulate(counts, initial=0))
             reqs = rows.reqs.tolist()
@@ -526,7 +531,7 @@ class Runner:
         top: dict[int, TopLogprobs] = {}
         for i, (request, _, _, _) in enumerate(granted):
             if request.params.logprobs is not None:
-                rows_MV = done.raw_MV[done.commit.priced_by[i].long()]
+                rows_MV = done.raw_MV[done.commit.priced_by[i].long()].float()
                 top[i] = gather_logprobs(rows_MV, done.commit.emit[i].clamp(min=0), request.params.logprobs)
         return top
 

@@ -34,7 +34,7 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden_ME: Tensor) -> Tensor:
-        """Logits [M, V] of hidden states: float32, or float64 for a float64 model."""
+        """Logits [M, V] of hidden states, in the model's type or a wider one."""
 
     @abstractmethod
     def tensors(self) -> dict[str, list[Tensor]]:

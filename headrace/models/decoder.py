@@ -97,9 +97,8 @@ class DecoderLM(CausalLM):
         return self.norm(x_RE)
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
-        """Logits [M, V], float32 or wider."""
-        logits_MV = F.linear(hidden_ME, self.head_VE)
-        return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
+        """Logits [M, V] in the model's type."""
+        return F.linear(hidden_ME, self.head_VE)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Checkpoint names as transformers writes them, and the parameters they go to."""
