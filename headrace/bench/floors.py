@@ -1,9 +1,9 @@
 """The least time that work can take: bytes that must be read over bandwidth, operations over the matrix rate.
 
-A step multiplies its rows with every weight, which takes the longer of reading the weights and of 2 operations a weight
-and row; rows of a prompt need the head only at their end. Beside that, a row that decodes reads the keys and values of
-its request (bytes / bandwidth), and rows of a prompt do 4 operations a slot they see, query head and element of it, half
-of them masked. Values are two bytes wide. Activations, norms, the embedding, and everything a host does count as nothing.
+A step multiplies its rows with every weight, which takes the longer of reading the weights and of 2 operations a
+weight and row; rows of a prompt need the head only at their end. Beside that, a row that decodes reads the keys and
+values of its request (bytes / bandwidth), and rows of a prompt do 4 operations for each slot, query head and element,
+half of them masked. Values are two bytes wide. Activations, norms, the embedding and the host count as nothing.
 """
 
 from __future__ import annotations

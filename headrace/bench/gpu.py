@@ -12,26 +12,28 @@ import contextlib
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 import headrace
 from headrace.bench import trace
-from headrace.bench.first_token import __name__ as FIRST_TOKEN
 from headrace.bench.floors import H200, decode_floor_s, shape_of, work_floor_s
 from headrace.bench.geometry import GEOMETRIES, write_model
 from headrace.bench.report import headline, machine, table
 from headrace.bench.targets import PEER, PEER_DATE, PEER_MACHINE, TARGETS, Target
 from headrace.bench.workload import Work, fixed, uniform
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.llm import LLM
 from headrace.params import SamplingParams
 
@@ -40,6 +42,8 @@ WORKLOADS = ("start", "decode", "mixed", "prefill", "burst")
 VOCABULARY = 10_000
 """Prompts are made of the lowest token ids, as the peer's were."""
 MIXED_TEMPERATURE = 0.6
+FIRST_TOKEN = "headrace.bench.first_token"
+"""The module that a start runs."""
 
 
 class Decode(NamedTuple):
@@ -132,14 +136,13 @@ def run(arguments: argparse.Namespace) -> int:
         paths = {name: write_model(Path(scratch), name) for name in arguments.geometry}
         if "start" in workloads:
             for name, path in paths.items():
-                with report.part(name, "start"):
-                    _starts(report, name, path, arguments.device)
+                _starts(report, name, path, arguments.device)
         rest = [name for name in workloads if name != "start"]
         for name, path in paths.items():
             if rest:
                 _measure(report, name, path, arguments, rest, decodes)
     print(f"\n{report.text()}")
-    return 0
+    return 1 if report.failures else 0
 
 
 def _decodes(arguments: argparse.Namespace) -> list[Decode]:
@@ -150,10 +153,10 @@ def _decodes(arguments: argparse.Namespace) -> list[Decode]:
         raise ConfigError("--batches is of the workload decode, which was not asked for: leave it out, or add decode")
     found = []
     for word in arguments.batches:
-        batch, _, context = word.partition("x")
-        if not batch.isdecimal() or not (context or "1").isdecimal() or not int(batch) or not int(context or "1"):
+        numbers = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word)
+        if numbers is None:
             raise ConfigError(f"--batches has {word!r}; give numbers of requests, or requests x context as in 32x15000")
-        wanted = int(batch), int(context or SIZES.decodes[0].context)
+        wanted = int(numbers[1]), int(numbers[2] or SIZES.decodes[0].context)
         outputs = {d[:2]: d.outputs for d in SIZES.decodes}.get(wanted, SIZES.decodes[0].outputs)
         if wanted[0] > SIZES.max_num_seqs or wanted[1] + outputs > SIZES.max_model_len:
             raise ConfigError(
@@ -206,6 +209,7 @@ class Report:
         self.figures: list[Figure] = []
         self.traces: list[tuple[str, trace.Traced]] = []
         self.seconds: dict[str, float] = {}
+        self.failures: dict[str, str] = {}
         self._files = {json_file: self._json, markdown: self._markdown}
         self._files.pop(None, None)
 
@@ -220,17 +224,19 @@ class Report:
     def add_trace(self, title: str, traced: trace.Traced) -> None:
         """A trace is known."""
         self.traces.append((title, traced))
-        print(f"\n{trace.describe(traced.costs, traced.plain_ms, title)}\n", flush=True)
+        print(f"\n{trace.describe(traced, title)}\n", flush=True)
         self._flush()
 
-    @contextlib.contextmanager
-    def part(self, geometry: str, name: str) -> Iterator[None]:
-        """Say on stderr what runs now, and how long it took."""
-        print(f"[{geometry}: {name}]", file=sys.stderr, flush=True)
-        start_s = time.perf_counter()
-        yield
-        self.seconds[f"{geometry}: {name}"] = seconds = time.perf_counter() - start_s
-        print(f"[{geometry}: {name} took {seconds:.1f} s]", file=sys.stderr, flush=True)
+    def part(self, geometry: str, name: str) -> Part:
+        """To run a part of the benchmark in: `with report.part(...)`."""
+        return Part(self, f"{geometry}: {name}")
+
+    def end_part(self, title: str, seconds: float, error: BaseException | None) -> None:
+        """A part has ended, by an error or well."""
+        self.seconds[title] = seconds
+        if error is not None:
+            self.failures[title] = f"{type(error).__name__}: {error}"
+        print(f"[{title} {'took' if error is None else 'failed after'} {seconds:.1f} s]", file=sys.stderr, flush=True)
         self._flush()
 
     def target(self, figure: Figure) -> Target:
@@ -269,7 +275,8 @@ class Report:
             if compared:
                 won = sum(_wins(figure, self.target(figure)) for figure in compared)
                 parts.append(f"{won} of {len(compared)} won against the peer, {len(compared) - won} lost.")
-        parts += [trace.describe(traced.costs, traced.plain_ms, title) for title, traced in self.traces]
+        parts += [f"**Failed: {title}: {error}**" for title, error in self.failures.items()]
+        parts += [trace.describe(traced, title) for title, traced in self.traces]
         parts.append("Took: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()) + ".")
         return "\n\n".join(parts)
 
@@ -312,11 +319,40 @@ class Report:
             for figure in self.figures
         ]
         traces = [
-            {"title": title, "plain_ms": traced.plain_ms, **_plain(traced.costs)} for title, traced in self.traces
+            {"title": title, "plain_ms": traced.plain_ms, "guessed": traced.guessed, **_plain(traced.costs)}
+            for title, traced in self.traces
         ]
         peer = None if self.on_cpu else {"engine": PEER, "machine": PEER_MACHINE, "date": PEER_DATE}
-        whole = {"machine": self.facts, "peer": peer, "rows": rows, "traces": traces, "seconds": self.seconds}
+        whole = {
+            "machine": self.facts,
+            "peer": peer,
+            "rows": rows,
+            "failures": self.failures,
+            "traces": traces,
+            "seconds": self.seconds,
+        }
         return json.dumps(whole, indent=2) + "\n"
+
+
+class Part:
+    """Says on stderr what runs now, and how long it took.
+
+    What fails is reported, and the run goes on: time on a GPU is dear, and the other figures are still worth it.
+    """
+
+    def __init__(self, report: Report, title: str) -> None:
+        self._report, self._title = report, title
+
+    def __enter__(self) -> None:
+        print(f"[{self._title}]", file=sys.stderr, flush=True)
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trail: TracebackType | None) -> bool:
+        expected = isinstance(error, (HeadraceError, RuntimeError))
+        if expected:
+            traceback.print_exception(error)
+        self._report.end_part(self._title, time.perf_counter() - self._start_s, error)
+        return expected
 
 
 def _plain(costs: trace.StepCosts) -> dict[str, Any]:
@@ -400,8 +436,11 @@ def _measure(
     workloads: Sequence[str],
     decodes: Sequence[Decode],
 ) -> None:
+    rig: Rig | None = None
     with report.part(name, "engine"):
         rig = Rig(path, arguments.device)
+    if rig is None:
+        return
     with report.part(name, "warm-up"):
         rig.seconds(rig.fixed(*SIZES.warm_fixed))
         rig.seconds(rig.mixed(SIZES.warm_mixed, seed=5), MIXED_TEMPERATURE)
@@ -421,8 +460,9 @@ def _measure(
         if traced and workload == "prefill":
             with report.part(name, "trace of prefill"):
                 _trace_prefill(report, rig, name, arguments.trace)
-    rig.llm.engine.check_idle()
-    rig.close()
+    with report.part(name, "end"):
+        rig.llm.engine.check_idle()
+        rig.close()
 
 
 def _decode_name(decode: Decode) -> str:
@@ -431,11 +471,13 @@ def _decode_name(decode: Decode) -> str:
 
 def _decode(rig: Rig, name: str, decode: Decode) -> Figure:
     batch, context, outputs = decode
-    # Four tokens, so that steps of this batch are recorded; the peer records its steps when it starts.
-    rig.seconds(rig.fixed(batch, context, min(4, outputs)))
+    # So that steps of this batch are recorded before they are timed; the peer records its steps when it starts.
+    rig.seconds(rig.fixed(batch, min(context, SIZES.warm_fixed[1]), 4))
     with rig.preemptions() as note:
         first_s = rig.seconds(rig.fixed(batch, context, 1, seed=2))
         all_s = rig.seconds(rig.fixed(batch, context, outputs, seed=3))
+        if all_s <= first_s:
+            raise RuntimeError(f"{outputs} tokens took no longer than one; the figure would mean nothing")
         floor_s = decode_floor_s(shape_of(GEOMETRIES[name]), *decode)
         ours_ms = (all_s - first_s) / (outputs - 1) * 1e3
         return Figure(name, _decode_name(decode), MS, ours_ms, floor_s * 1e3, note())
@@ -478,11 +520,13 @@ MEASURES: dict[str, Callable[[Rig, str], Iterator[Figure]]] = {"mixed": _mixed, 
 def _starts(report: Report, name: str, path: Path, device: str) -> None:
     """From the start of a process to its first token, with an empty cache of compiled kernels and with a full one."""
     with tempfile.TemporaryDirectory() as cache:
-        for state in ("cold", "warm"):
-            seconds, note = _start(path, device, cache)
-            if state == "warm" and not report.on_cpu:
-                note += "; the peer was timed with cold caches only"
-            report.add(Figure(name, f"start, {state}", SECONDS, seconds, None, note))
+        # What is compiled for a CPU lies elsewhere, and nobody knows here whether it is there already.
+        for title in ("start",) if report.on_cpu else ("start, cold", "start, warm"):
+            with report.part(name, title):
+                seconds, note = _start(path, device, cache)
+                if title == "start, warm":
+                    note += "; the peer was timed with cold caches only"
+                report.add(Figure(name, title, SECONDS, seconds, None, note))
 
 
 def _start(path: Path, device: str, cache: str) -> tuple[float, str]:

@@ -79,15 +79,23 @@ class StepCosts:
     kernels: dict[str, KernelCost] = field(default_factory=dict)
 
 
-def split_steps(events: Iterable[dict[str, Any]]) -> list[Step]:
+class Steps(NamedTuple):
+    """The steps of a trace."""
+
+    steps: list[Step]
+    guessed: int
+    """Kernels and copies whose launch the trace lacks: they were put beside what ran before them."""
+
+
+def split_steps(events: Iterable[dict[str, Any]]) -> Steps:
     """The steps of a trace in Chrome's format.
 
     Args:
         events: its `traceEvents`. Marks are events of the category user_annotation; a device event belongs to the
-            mark within which the call with the same correlation began, a replayed graph's to that of its launch.
+            mark within which the call with the same correlation began, a replayed graph's to that of its launch. What
+            was launched outside of all marks is left out.
 
-    Raises:
-        RuntimeError: kernels that no marked call launched, or a mark without kernels.
+    Raises RuntimeError if the trace lacks most of the launches, or a step has no kernels.
     """
     marks: list[tuple[float, float]] = []
     called_us: dict[int, float] = {}
@@ -102,26 +110,26 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[Step]:
             called_us[event["args"]["correlation"]] = start_us
         elif kind in KINDS:
             found = DeviceEvent(event["name"], KINDS[kind], start_us, start_us + event["dur"])
-            device.append((event["args"]["correlation"], found))
+            device.append((event.get("args", {}).get("correlation", -1), found))
     marks.sort()
     starts = [start for start, _ in marks]
     steps: list[Step] = [[] for _ in marks]
-    astray = 0
-    for correlation, found in device:
-        launched_us = called_us.get(correlation, -math.inf)
-        i = bisect.bisect_right(starts, launched_us) - 1
-        if i >= 0 and launched_us <= marks[i][1]:
-            steps[i].append(found)
-        elif found.kind == "kernel":
-            astray += 1
-    # Another call than a step's may launch something (a wait at the end): but not much, or the marks are wrong.
-    if not device or astray > len(device) // 10:
-        raise RuntimeError(f"{astray} of {len(device)} kernels and copies belong to no step: the trace cannot be read")
-    for step in steps:
-        step.sort(key=lambda event: event.start_us)
+    guessed, place = 0, -1
+    for correlation, found in sorted(device, key=lambda pair: pair[1].start_us):
+        launched_us = called_us.get(correlation)
+        if launched_us is None:
+            guessed += 1
+        else:
+            place = bisect.bisect_right(starts, launched_us) - 1
+            place = place if place >= 0 and launched_us <= marks[place][1] else -1
+        if place >= 0:
+            steps[place].append(found)
+    if 2 * guessed >= len(device):
+        raise RuntimeError(f"the launches of {guessed} of {len(device)} kernels and copies are not in the trace")
+    for number, step in enumerate(steps):
         if not any(event.kind == "kernel" for event in step):
-            raise RuntimeError("a step without kernels: the trace cannot be read")
-    return steps
+            raise RuntimeError(f"step {number} of the trace has no kernels")
+    return Steps(steps, guessed)
 
 
 def measure(steps: Sequence[Step]) -> StepCosts:
@@ -172,8 +180,19 @@ def median_and_p95(values: Sequence[float]) -> tuple[float, float]:
     return statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1]
 
 
-def describe(costs: StepCosts, plain_ms: float, title: str) -> str:
+class Traced(NamedTuple):
+    """What a trace found."""
+
+    costs: StepCosts
+    plain_ms: float
+    """Milliseconds of a step without the profiler."""
+    guessed: int
+    """See `Steps`."""
+
+
+def describe(traced: Traced, title: str) -> str:
     """Markdown: one paragraph on the step, one table of kernels."""
+    costs, plain_ms, guessed = traced
     gap_us, gap95_us = median_and_p95(costs.gaps_us)
     busy_ms = statistics.fmean(costs.busy_us) / 1e3
     lines = [
@@ -188,6 +207,10 @@ def describe(costs: StepCosts, plain_ms: float, title: str) -> str:
         "",
         table(kernel_rows(costs)),
     ]
+    if guessed:
+        lines[3:3] = [
+            f"The launches of {guessed} kernels and copies were not recorded: they count with their neighbours."
+        ]
     return "\n".join(lines)
 
 
@@ -212,14 +235,6 @@ def _kernel_row(name: str, cost: KernelCost, steps: int, total_us: float) -> dic
         "share": f"{cost.us / total_us:.1%}",
         "idle before it, us a step": cost.idle_us / steps,
     }
-
-
-class Traced(NamedTuple):
-    """What a trace found."""
-
-    costs: StepCosts
-    plain_ms: float
-    """Milliseconds of a step without the profiler."""
 
 
 @contextmanager
@@ -277,4 +292,5 @@ def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Pa
         target = file or Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(target))
         events = json.loads(target.read_text(encoding="utf-8"))["traceEvents"]
-    return Traced(measure(split_steps(events)[UNSETTLED:]), plain_ms)
+    steps_of_trace, guessed = split_steps(events)
+    return Traced(measure(steps_of_trace[UNSETTLED:]), plain_ms, guessed)
