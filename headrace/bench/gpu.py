@@ -174,6 +174,9 @@ def _check(arguments: argparse.Namespace) -> None:
             "torch finds no GPU here: run it where there is one, or pass --device cpu for figures of the CPU, which "
             "are compared with nothing"
         )
+    for name, file in (("json", arguments.json), ("markdown", arguments.markdown), ("trace", arguments.trace)):
+        if file and not Path(file).parent.is_dir():
+            raise ConfigError(f"--{name} is {file}, but there is no directory {Path(file).parent}: make it first")
     if arguments.trace is None:
         return
     if arguments.device == "cpu":
@@ -277,7 +280,10 @@ class Report:
                 parts.append(f"{won} of {len(compared)} won against the peer, {len(compared) - won} lost.")
         parts += [f"**Failed: {title}: {error}**" for title, error in self.failures.items()]
         parts += [trace.describe(traced, title) for title, traced in self.traces]
-        parts.append("Took: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()) + ".")
+        if self.seconds:
+            parts.append(
+                "Took: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()) + "."
+            )
         return "\n\n".join(parts)
 
     def _preamble(self) -> list[str]:
@@ -291,8 +297,8 @@ class Report:
         ]
         if PEER_MACHINE not in (self.facts["gpu"] or ""):
             lines.append(
-                f"**This is a {self.facts['gpu']}: peer, goal and floor hold for an {PEER_MACHINE}, so what is said of "
-                "them here compares two machines.**"
+                f"**Measured on one {self.facts['gpu']}; the absolute figures of peer, goal and floor hold for an "
+                f"{PEER_MACHINE}, so the percentages and verdicts below compare two machines.**"
             )
         return lines
 

@@ -178,7 +178,7 @@ def test_rows_that_are_won_and_lost(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = (tmp_path / "out.md").read_text()
     assert "1 of 3 won against the peer, 2 lost." in text
     assert "vLLM 0.25.1" in text
-    assert "compares two machines" not in text
+    assert "compare two machines" not in text
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["won"] for row in written["rows"]] == [True, False, False, None]
     assert written["rows"][0]["floor"] == 0.2993
@@ -189,8 +189,8 @@ def test_other_gpus_and_cpus_say_what_they_are() -> None:
     figure = Figure("qwen3-0.6b", "decode 1 x 1024", MS, 1.15, 0.2993)
     other = Report({**H200_FACTS, "gpu": "NVIDIA H100 80GB HBM3"}, "cuda", None, None)
     other.add(figure)
-    assert "This is a NVIDIA H100 80GB HBM3" in other.text()
-    assert "compares two machines" in other.text()
+    assert "Measured on one NVIDIA H100 80GB HBM3" in other.text()
+    assert "compare two machines" in other.text()
     assert other.row(figure)["peer"] == "2.30"
     on_cpu = Report(H200_FACTS, "cpu", None, None)
     on_cpu.add(figure)
@@ -294,6 +294,10 @@ def test_batches_on_the_command_line(tiny: None, tmp_path: Path) -> None:
         (["--device", "cpu", "--batches", "5"], "at most 4 requests"),
         (["--device", "cpu", "--batches", "1x68"], "at most 4 requests of 67 tokens"),
         (["--device", "cpu", "--workload", "mixed", "--batches", "1"], "--batches is of the workload decode"),
+        (
+            ["--device", "cpu", "--json", "absent/out.json"],
+            "--json is absent/out.json, but there is no directory absent",
+        ),
         (["--device", "cpu", "--trace"], "--trace looks at the kernels of a GPU"),
     ],
 )
