@@ -15,7 +15,8 @@ from headrace.bench import gpu
 from headrace.bench import trace as trace_module
 from headrace.bench.floors import decode_floor_s, shape_of, work_floor_s
 from headrace.bench.geometry import GEOMETRIES, write_model
-from headrace.bench.gpu import MS, OUTPUT, SECONDS, Decode, Figure, Report, Sizes
+from headrace.bench.gpu import Decode, Sizes
+from headrace.bench.gpu_report import MS, OUTPUT, SECONDS, Figure, Report
 from headrace.bench.report import machine
 from headrace.bench.targets import TARGETS
 from headrace.bench.trace import (
