@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.bench import cpu, kernels, seams
+from headrace.bench import cpu, gpu, kernels, seams
 
-BENCHES = {"cpu": cpu, "kernels": kernels, "seams": seams}
+BENCHES = {"cpu": cpu, "gpu": gpu, "kernels": kernels, "seams": seams}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

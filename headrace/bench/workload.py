@@ -20,3 +20,9 @@ def uniform(count: int, low: int, high: int, vocab_size: int, seed: int = 0) -> 
         Work([rng.randrange(10, vocab_size) for _ in range(rng.randint(low, high))], rng.randint(low, high))
         for _ in range(count)
     ]
+
+
+def fixed(count: int, prompt_tokens: int, output_tokens: int, vocab_size: int, seed: int = 1) -> list[Work]:
+    """Prompts and outputs of one length, random token ids."""
+    rng = random.Random(seed)
+    return [Work([rng.randrange(10, vocab_size) for _ in range(prompt_tokens)], output_tokens) for _ in range(count)]
