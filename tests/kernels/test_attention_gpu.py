@@ -546,3 +546,26 @@ def test_benchmark_runs() -> None:
     table = benchmark_gpu.benchmark([(2, 40)], [(1, 20, 0), (1, 20, 30)], SMALL, 0.01)
     assert [row["work"] for row in table] == ["decode", "prefill", "prefill"]
     assert all(row["us"] > 0 for row in table)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "sinks": True}, {"masks": ["none", "some rows"] * 3}])
+def test_few_rows_beside_prompts(options: dict[str, Any], device: torch.device) -> None:
+    """Requests with a row or two have a pass of their own, with tiles of their size."""
+    counts = (1, 70, 2, 60, 8, 9)
+    case = make_case(
+        31,
+        dtype=torch.float16,
+        counts=counts,
+        committed=(70, 0, 33, 20, 5, 0),
+        kinds=["any"] * 6,
+        group=2,
+        size=16,
+        page_size=4,
+        ghosts=3,
+        **options,
+    )
+    shape = shape_of(case)
+    few = gpu_shape.rows_beside_prompts(shape, len(case.rows.reqs_B), Heads(2, 2, 16, 16, 2))
+    assert few is not None
+    assert (few.tile_rows, shape.tile_rows) == (8, 64)
+    check(case, device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import by_rows, reference, squares
-from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded
+from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded, rows_beside_prompts
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
 from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
@@ -40,7 +40,7 @@ class GpuPlan:
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
-        self._tiles: dict[tuple[int, int, int], Tensor] = {}
+        self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
         self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def paged(self) -> GpuPlan:
@@ -59,9 +59,9 @@ class GpuPlan:
         chip = Chip(processors(device), shared_bytes(device))
         return choose_shape(self.n_rows, self.n_reqs, self.max_slots, heads, chip)
 
-    def tiles(self, shape: Shape, window: int) -> Tensor:
+    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> Tensor:
         """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
-        key = (shape.tile_rows, shape.block_n, window)
+        key = (shape.tile_rows, shape.block_n, window, least_rows, one_each)
         if key not in self._tiles:
             from headrace.kernels.attention.gpu_kernel import TILE_FIELDS, list_tiles
 
@@ -87,6 +87,8 @@ class GpuPlan:
                 BLOCK_REQS=max(next_power(self.n_reqs + 1), 32),
                 BLOCK_N=shape.block_n,
                 HAS_BITS=rows.bits_R is not None,
+                LEAST_ROWS=least_rows,
+                ONE_EACH=one_each,
                 num_warps=1,
             )
             self._tiles[key] = tiles_T8
@@ -156,58 +158,65 @@ def attend(
     group = heads // kv_heads
     has_sinks = sinks_H is not None
     sinks_H = out_RHD if sinks_H is None else sinks_H.contiguous()  # a kernel wants a tensor for what it does not read
-    shape = plan.shape(Heads(group, kv_heads, size, v_size, dtype.itemsize))
+    kinds = Heads(group, kv_heads, size, v_size, dtype.itemsize)
+    shape = plan.shape(kinds)
+    few = rows_beside_prompts(shape, plan.n_reqs, kinds)
     is_split = shape.n_splits > 1
     part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
-    attend_tiles[(shape.n_tiles, kv_heads, shape.n_splits)](
-        out_RHD,
-        out_RHD if lse_RH is None else lse_RH,
-        part_out_RHND,
-        part_lse_RHN,
-        q_RHD,
-        k_pool_KPSD,
-        v_pool_KPSD,
-        page_table_BP,
-        plan.tiles(shape, window),
-        rows.req_R,
-        rows.t_R,
-        rows.a_R,
-        rows.b_R,
-        rows.c_R,
-        rows.req_R if rows.bits_R is None else rows.bits_R,
-        rows.req_R if rows.words_W is None else rows.words_W,
-        sinks_H,
-        0 if rows.words_W is None else rows.words_W.shape[0],
-        scale / softcap if softcap > 0 else scale * _LOG2_E,
-        softcap * _LOG2_E,
-        window,
-        q_RHD.stride(0),
-        q_RHD.stride(1),
-        _head_stride(k_pool_KPSD),
-        _head_stride(v_pool_KPSD),
-        page_table_BP.stride(0),
-        plan.max_slots,
-        shape.n_splits,
-        heads,
-        GROUP=group,
-        TILE_ROWS=shape.tile_rows,
-        BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n,
-        S=page_size,
-        D=size,
-        DV=v_size,
-        BLOCK_D=padded(size),
-        BLOCK_DV=padded(v_size),
-        HAS_WINDOW=window > 0,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_SINKS=has_sinks,
-        HAS_BITS=rows.bits_R is not None,
-        HAS_LSE=need_lse,
-        EXACT=dtype == torch.float32,
-        IS_SPLIT=is_split,
-        num_warps=shape.n_warps,
-        num_stages=shape.n_stages,
-    )
+    least = few.tile_rows + 1 if few else 0
+    passes = [(shape, plan.tiles(shape, window, least))]
+    if few:
+        passes.append((few, plan.tiles(few, window, one_each=True)))
+    for cut, tiles_T8 in passes:
+        attend_tiles[(cut.n_tiles, kv_heads, cut.n_splits)](
+            out_RHD,
+            out_RHD if lse_RH is None else lse_RH,
+            part_out_RHND,
+            part_lse_RHN,
+            q_RHD,
+            k_pool_KPSD,
+            v_pool_KPSD,
+            page_table_BP,
+            tiles_T8,
+            rows.req_R,
+            rows.t_R,
+            rows.a_R,
+            rows.b_R,
+            rows.c_R,
+            rows.req_R if rows.bits_R is None else rows.bits_R,
+            rows.req_R if rows.words_W is None else rows.words_W,
+            sinks_H,
+            0 if rows.words_W is None else rows.words_W.shape[0],
+            scale / softcap if softcap > 0 else scale * _LOG2_E,
+            softcap * _LOG2_E,
+            window,
+            q_RHD.stride(0),
+            q_RHD.stride(1),
+            _head_stride(k_pool_KPSD),
+            _head_stride(v_pool_KPSD),
+            page_table_BP.stride(0),
+            plan.max_slots,
+            cut.n_splits,
+            heads,
+            GROUP=group,
+            TILE_ROWS=cut.tile_rows,
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            S=page_size,
+            D=size,
+            DV=v_size,
+            BLOCK_D=padded(size),
+            BLOCK_DV=padded(v_size),
+            HAS_WINDOW=window > 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINKS=has_sinks,
+            HAS_BITS=rows.bits_R is not None,
+            HAS_LSE=need_lse,
+            EXACT=dtype == torch.float32,
+            IS_SPLIT=cut.n_splits > 1,
+            num_warps=cut.n_warps,
+            num_stages=cut.n_stages,
+        )
     if is_split:
         merge_splits[(n_rows * heads,)](
             out_RHD,

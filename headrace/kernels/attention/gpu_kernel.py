@@ -39,21 +39,32 @@ def list_tiles(
     BLOCK_REQS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    LEAST_ROWS: tl.constexpr,
+    ONE_EACH: tl.constexpr,
 ):
     """One program a tile. Request i takes the tiles from row_ptr[i] // TILE_ROWS + i on, more than it can need by one.
 
-    Entry `n_reqs` stands for the rows behind the last request: they see nothing.
+    Entry `n_reqs` stands for the rows behind the last request: they see nothing. A request with fewer than LEAST_ROWS
+    rows has no tiles. With ONE_EACH tile i is that of request i, and one with more than TILE_ROWS rows has none.
     """
     tile = tl.program_id(0)
-    i = tl.arange(0, BLOCK_REQS)
-    first_B = tl.load(row_ptr_B1 + i, mask=i <= n_reqs, other=0)
-    begun_B = (i <= n_reqs) & (first_B // TILE_ROWS + i <= tile)
-    entry = tl.max(tl.where(begun_B, i, 0), 0)
+    if ONE_EACH:
+        entry = tile
+    else:
+        i = tl.arange(0, BLOCK_REQS)
+        first_B = tl.load(row_ptr_B1 + i, mask=i <= n_reqs, other=0)
+        begun_B = (i <= n_reqs) & (first_B // TILE_ROWS + i <= tile)
+        entry = tl.max(tl.where(begun_B, i, 0), 0)
     first = tl.load(row_ptr_B1 + entry)
     is_request = entry < n_reqs
     end = tl.load(row_ptr_B1 + entry + 1, mask=is_request, other=n_rows)
-    row0 = first + (tile - first // TILE_ROWS - entry) * TILE_ROWS
-    end = tl.minimum(end, row0 + TILE_ROWS)
+    row0 = first
+    left_out = is_request & (end - first < LEAST_ROWS)
+    if ONE_EACH:
+        left_out = end - first > TILE_ROWS
+    else:
+        row0 = first + (tile - first // TILE_ROWS - entry) * TILE_ROWS
+    end = tl.where(left_out, row0, tl.minimum(end, row0 + TILE_ROWS))
     req = tl.load(reqs_B + entry, mask=is_request, other=-1)
     n = tl.load(kv_len_B + req, mask=is_request, other=0)
 

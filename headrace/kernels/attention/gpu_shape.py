@@ -96,6 +96,23 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
     )
 
 
+def rows_beside_prompts(shape: Shape, n_reqs: int, heads: Heads) -> Shape | None:
+    """The cut for requests with few rows in a step that is cut for prompts, one tile each; None: nothing to gain.
+
+    A tile of prompts takes as long for one row as for all of its rows.
+    """
+    lines = _lines(1, heads, max(padded(heads.size), padded(heads.v_size)))
+    if shape.block_m <= lines or shape.n_splits > 1 or n_reqs < 2:
+        return None
+    return shape._replace(
+        tile_rows=lines // heads.group,
+        block_m=lines,
+        n_tiles=n_reqs,
+        n_splits=1,
+        n_warps=4,
+    )
+
+
 def _key_bytes(heads: Heads) -> int:
     """Without tensor cores the operands of a product stand in registers, and larger blocks spill."""
     return BLOCK_BYTES // 2 if heads.itemsize > 2 else BLOCK_BYTES
