@@ -43,7 +43,7 @@ def _inputs(x, begin, end, BLOCK_E: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store(y_RN, gate_NR, up_NR, bias_N, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R: tl.constexpr,
+def _store(y_RN, gate_NR, up_NR, bias_N1, up_bias_N1, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R: tl.constexpr,
            HAS_BIAS: tl.constexpr, ONTO: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """Bias, gate or sum, and out. Rounded where the composed operations round."""
     r_1R = tl.arange(0, BLOCK_R)[None, :]
@@ -51,17 +51,15 @@ def _store(y_RN, gate_NR, up_NR, bias_N, old_NR, n_N, n_rows, n_results, y_row, 
     here = (n_N1 < n_results) & (r_1R < n_rows)
     element = y_RN.dtype.element_ty
     y_NR = gate_NR
-    if HAS_BIAS:
-        bias_N1 = tl.load(bias_N + n_N1, mask=n_N1 < n_results, other=0.0).to(tl.float32)
     if ONTO:
         y_NR = gate_NR + old_NR.to(tl.float32)
         if HAS_BIAS:
-            y_NR = y_NR.to(element).to(tl.float32) + bias_N1
+            y_NR = y_NR.to(element).to(tl.float32) + bias_N1.to(tl.float32)
     elif HAS_BIAS:
-        y_NR = gate_NR + bias_N1
+        y_NR = gate_NR + bias_N1.to(tl.float32)
     if GATED:
         if HAS_BIAS:
-            up_NR += tl.load(bias_N + n_results + n_N1, mask=n_N1 < n_results, other=0.0).to(tl.float32)
+            up_NR += up_bias_N1.to(tl.float32)
         g_NR = y_NR.to(element).to(tl.float32)
         e_NR = tl.exp(-tl.abs(g_NR))
         silu_NR = (g_NR * tl.where(g_NR > 0.0, 1.0, e_NR) / (1.0 + e_NR)).to(element).to(tl.float32)
@@ -74,7 +72,8 @@ def _finish(
     y_RN,
     gate_NR,
     up_NR,
-    bias_N,
+    bias_N1,
+    up_bias_N1,
     old_NR,
     parts,
     arrived_T,
@@ -91,7 +90,8 @@ def _finish(
 ):
     """Results from sums over a split of the inputs. `parts`: float32 [tiles, splits, 1 or 2, BLOCK_N, BLOCK_R]."""
     if SPLITS == 1:
-        _store(y_RN, gate_NR, up_NR, bias_N, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R, HAS_BIAS, ONTO, GATED)
+        _store(y_RN, gate_NR, up_NR, bias_N1, up_bias_N1, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R,
+               HAS_BIAS, ONTO, GATED)  # fmt: skip
     else:
         tile, split = tl.program_id(0), tl.program_id(1)
         size: tl.constexpr = BLOCK_N * BLOCK_R
@@ -114,7 +114,8 @@ def _finish(
                 gate_NR += tl.load(at_NR + s * both, mask=here_NR, other=0.0, cache_modifier=".cg")
                 if GATED:
                     up_NR += tl.load(at_NR + s * both + size, mask=here_NR, other=0.0, cache_modifier=".cg")
-            _store(y_RN, gate_NR, up_NR, bias_N, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R, HAS_BIAS, ONTO, GATED)
+            _store(y_RN, gate_NR, up_NR, bias_N1, up_bias_N1, old_NR, n_N, n_rows, n_results, y_row, BLOCK_R,
+               HAS_BIAS, ONTO, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_results"])
@@ -155,6 +156,12 @@ def multiply_row(
         up_NE = _weights(up_N1, begin, end, BLOCK_E, EVEN)
     if HAS_NORM:
         norm_E_ = _inputs(norm_E, begin, end, BLOCK_E, EVEN)
+    bias_N1 = n_N[:, None]
+    up_bias_N1 = bias_N1
+    if HAS_BIAS:
+        bias_N1 = tl.load(bias_N + n_N[:, None], mask=n_N[:, None] < n_results, other=0.0)
+        if GATED:
+            up_bias_N1 = tl.load(bias_N + n_results + n_N[:, None], mask=n_N[:, None] < n_results, other=0.0)
     if OVERLAP:
         if AHEAD > 0:
             _ask_l2(gate_N1, begin + BLOCK_E, n_inputs, AHEAD)
@@ -194,7 +201,7 @@ def multiply_row(
     up_sum_N1 = gate_sum_N1
     if GATED:
         up_sum_N1 = tl.sum(up_sum_NE, 1)[:, None]
-    _finish(y_RN, gate_sum_N1, up_sum_N1, bias_N, old_N1, parts, arrived_T, n_N, 1, n_results, 0, BLOCK_N, 1, SPLITS,
+    _finish(y_RN, gate_sum_N1, up_sum_N1, bias_N1, up_bias_N1, old_N1, parts, arrived_T, n_N, 1, n_results, 0, BLOCK_N, 1, SPLITS,
             HAS_BIAS, ONTO, GATED)  # fmt: skip
 
 
@@ -237,6 +244,12 @@ def multiply_tile(
     gate_N1 = weight_NE + tl.minimum(n_N, n_results - 1).to(tl.int64)[:, None] * weight_row
     up_N1 = gate_N1 + n_results.to(tl.int64) * weight_row
     x_R1 = x_RE + r_R1.to(tl.int64) * x_row
+    bias_N1 = n_N[:, None]
+    up_bias_N1 = bias_N1
+    if HAS_BIAS:
+        bias_N1 = tl.load(bias_N + n_N[:, None], mask=n_N[:, None] < n_results, other=0.0)
+        if GATED:
+            up_bias_N1 = tl.load(bias_N + n_results + n_N[:, None], mask=n_N[:, None] < n_results, other=0.0)
     if OVERLAP:
         if AHEAD > 0:
             _ask_l2(gate_N1, begin, n_inputs, AHEAD)
@@ -252,7 +265,7 @@ def multiply_tile(
     if HAS_NORM:
         i_1A = tl.arange(0, BLOCK_ALL)[None, :]
         total_R = tl.zeros((BLOCK_R,), tl.float32)
-        for at in tl.range(0, n_inputs, BLOCK_ALL, num_stages=STAGES):
+        for at in tl.range(0, n_inputs, BLOCK_ALL, num_stages=2):
             here_RA = (r_R1 < n_rows) & (at + i_1A < n_inputs)
             part_RA = tl.load(x_R1 + (at + i_1A), mask=here_RA, other=0.0).to(tl.float32)
             total_R += tl.sum(part_RA * part_RA, 1)
@@ -267,11 +280,12 @@ def multiply_tile(
             here_RE = here_RE & (at + i_1E < end)
         x_tile_RE = tl.load(x_R1 + (at + i_1E), mask=here_RE, other=0.0)
         if HAS_NORM:
-            norm_1E = _inputs(norm_E, at, end, BLOCK_E, EVEN)[None, :].to(tl.float32)
-            x_tile_RE = (x_tile_RE.to(tl.float32) * scale_R1 * norm_1E).to(x_RE.dtype.element_ty)
+            # Once a row, so that a thread has enough bytes to copy: smaller loads would not run ahead of the products.
+            norm_RE = tl.load(norm_E + (r_R1 * 0 + at + i_1E), mask=here_RE, other=0.0).to(tl.float32)
+            x_tile_RE = (x_tile_RE.to(tl.float32) * scale_R1 * norm_RE).to(x_RE.dtype.element_ty)
         sum_NR = tl.dot(gate_NE, tl.trans(x_tile_RE), sum_NR)
         if GATED:
             up_NE = _weights(up_N1, at, end, BLOCK_E, EVEN)
             up_sum_NR = tl.dot(up_NE, tl.trans(x_tile_RE), up_sum_NR)
-    _finish(y_RN, sum_NR, up_sum_NR, bias_N, old_NR, parts, arrived_T, n_N, n_rows, n_results, y_row, BLOCK_N, BLOCK_R,
+    _finish(y_RN, sum_NR, up_sum_NR, bias_N1, up_bias_N1, old_NR, parts, arrived_T, n_N, n_rows, n_results, y_row, BLOCK_N, BLOCK_R,
             SPLITS, HAS_BIAS, ONTO, GATED)  # fmt: skip

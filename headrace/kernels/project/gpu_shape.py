@@ -39,7 +39,7 @@ TILE_SMALL_N = 16
 """Smallest number of outputs of a program, where there are few outputs."""
 TILE_BLOCK_E = 128
 TILE_WARPS = 4
-TILE_STAGE_BYTES = 5 * 2**14
+TILE_STAGE_BYTES = 6 * 2**14
 """Bytes of all stages of a program: two programs of 64 x 128 tiles in 16 bits share a processor."""
 TILE_PROGRAMS = 2
 MIN_SPLIT_TILES = 4
