@@ -578,6 +578,7 @@ class Runner:
     @torch.inference_mode()
     def time_step(self, n_rows: int, repeats: int = 2) -> float:
         """Seconds of one pass over `n_rows` ghost rows and one output row: the best of 1 + `repeats` tries."""
+        self._built = None  # its borders are overwritten here
         rows = self.rows.first(n_rows, 1)
         rows.clear(self.table.ghost)
         rows.reqs.fill_(self.table.ghost)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.kernels.project import project, project_onto
 from headrace.layers.placement import Placement
 
 
@@ -30,15 +30,17 @@ class Linear(nn.Module):
         self.weight = place.matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[R, inputs] to [R, sum(outputs)]."""
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
+        """[R, inputs] to [R, sum(outputs)]; `norm`: weight and eps of an RMS norm of x."""
+        return project(x, self.weight, self.bias, norm=norm)
+
+    def gated(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
+        """silu(first projection) * second, of two of one width: [R, inputs] to [R, that width]."""
+        return project(x, self.weight, self.bias, norm=norm, gated=True)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """y += forward(x) in place: the residual sum costs no pass of its own, the product accumulates into it."""
-        y.addmm_(x, self.weight.t())
-        if self.bias is not None:
-            y.add_(self.bias)
+        project_onto(y, x, self.weight, self.bias)
 
     def tensors(self, *names: str) -> dict[str, list[Tensor]]:
         """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`."""

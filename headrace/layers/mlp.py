@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.linear import Linear
 from headrace.layers.placement import Placement
 
@@ -20,9 +19,9 @@ class GatedMLP(nn.Module):
         self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place)
         self.down = Linear(hidden, [width], bias=bias, place=place)
 
-    def add_to(self, residual_RE: Tensor, x_RE: Tensor) -> None:
-        """residual += mlp(x), in place."""
-        self.down.add_to(residual_RE, silu_mul(self.gate_up.forward(x_RE)))
+    def add_to(self, residual_RE: Tensor, x_RE: Tensor, norm: tuple[Tensor, float] | None = None) -> None:
+        """residual += mlp(x), in place; `norm`: weight and eps of an RMS norm of x."""
+        self.down.add_to(residual_RE, self.gate_up.gated(x_RE, norm))
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""

@@ -16,6 +16,11 @@ class RMSNorm(nn.Module):
         self.weight = place.empty(width)
         self.eps = eps
 
+    @property
+    def terms(self) -> tuple[Tensor, float]:
+        """Weight and eps, for an operation that has the norm built in."""
+        return self.weight, self.eps
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., width]; x is left as it is."""
         return rms_norm(x, self.weight, self.eps)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.errors import ConfigError
+from headrace.kernels.project import project
 from headrace.layers.attention import Attention
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
@@ -37,11 +38,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """The residual stream after this layer; x is overwritten. With `wanted_M` only those rows of it."""
         # `forward` by name: calling a module looks for hooks first, which costs more than a norm at small widths.
-        mixed = self.attention.mix(self.attention_norm.forward(x_RE), cos_R1D, sin_R1D, ctx)
+        mixed = self.attention.mix(x_RE, self.attention_norm.terms, cos_R1D, sin_R1D, ctx)
         if wanted_M is not None:
             x_RE, mixed = x_RE.index_select(0, wanted_M), mixed.index_select(0, wanted_M)
         self.attention.out.add_to(x_RE, mixed)
-        self.mlp.add_to(x_RE, self.mlp_norm.forward(x_RE))
+        self.mlp.add_to(x_RE, x_RE, self.mlp_norm.terms)
         return x_RE
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
@@ -98,7 +99,7 @@ class DecoderLM(CausalLM):
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
         """Logits [M, V] in the model's type."""
-        return F.linear(hidden_ME, self.head_VE)
+        return project(hidden_ME, self.head_VE)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Checkpoint names as transformers writes them, and the parameters they go to."""

@@ -25,6 +25,7 @@ from headrace.kernels.draw.gpu import draw_gpu
 from headrace.kernels.draw_rows import DrawTables
 from headrace.kernels.draw_rows.gpu import draw_rows_gpu
 from headrace.kernels.place.gpu import place_gpu
+from headrace.kernels.project import gpu as project
 from headrace.kernels.report import Priced
 from headrace.kernels.report.gpu import report_gpu
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
@@ -109,12 +110,37 @@ def launch_all() -> None:
         for drafted in (None, ints(n)):
             report_gpu(Advanced(*ints(3, n)), drafted, Priced(ints(n, n), ints(n, n), torch.zeros(n)))
 
+    project_all()
     attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
     attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
     attend_once(torch.bfloat16, 40, 4, 8, 2, 16, full=True, splits=True)
     attend_once(torch.float16, 300, 3, 8, 8, 80, full=False, splits=False)
     attend_once(torch.float32, 64, 8, 32, 8, 128, full=True, splits=True)
     attend_once(torch.float32, 33, 1, 6, 2, 5, full=False, splits=False)
+
+
+def project_all() -> None:
+    """Products of few rows as on an H200, launches overlapping: each form with and without splits, norm, gate, bias."""
+    project.overlaps = lambda device: True
+    project.processors = lambda device: 132
+    for dtype, rows, outputs, inputs in (
+        (torch.bfloat16, 1, 6144, 4096),
+        (torch.bfloat16, 1, 1024, 2048),
+        (torch.float16, 1, 7, 1001),
+        (torch.bfloat16, 2, 6144, 4096),
+        (torch.bfloat16, 16, 1024, 3072),
+        (torch.float16, 64, 4096, 4096),
+        (torch.float16, 5, 77, 1000),
+    ):
+        x, y, weight, bias, norm = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((rows, inputs), (rows, outputs), (2 * outputs, inputs), (2 * outputs,), (inputs,))
+        )
+        project.project_gpu(x, weight[:outputs], norm=(norm, 1e-5))
+        project.project_gpu(x, weight, bias, norm=(norm, 1e-5), gated=True)
+        project.project_gpu(x, weight, gated=True)
+        project.project_onto_gpu(y, x, weight[:outputs])
+        project.project_onto_gpu(y, x, weight[:outputs], bias[:outputs])
 
 
 def attend_once(
