@@ -249,7 +249,7 @@ def test_time_per_output_token_leaves_the_first_out(
     rig = Clock(write_model(tmp_path, "tiny"), "cpu")
     figure = gpu._decode(rig, "tiny", Decode(2, 40, 5))
     assert (figure.name, figure.unit, figure.ours) == ("decode 2 x 40", MS, pytest.approx(250.0))
-    assert [size for *size, _ in asked] == [[2, 6, 4], [2, 40, 1], [2, 40, 5]]
+    assert [size for *size, _ in asked] == [[2, 12, 5], [2, 40, 1], [2, 40, 5]]
     assert asked[1][3] != asked[2][3]  # other prompts, so that nothing is found in a cache of any kind
 
     with pytest.raises(RuntimeError, match="took no longer than one"):
