@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -116,8 +116,32 @@ class Scan(Protocol):
         ...
 
 
+class Turn(NamedTuple):
+    """What happens to queries and keys between their product and attention."""
+
+    qkv_RND: Tensor
+    """The product, [R, H + 2 K, D]: queries, keys, values."""
+    heads: int
+    """H"""
+    kv_heads: int
+    """K"""
+    norm: tuple[Tensor, float] | None
+    """RMS norm of every query and key head before the rotation: weights [H + K, D] and eps."""
+    cos_PD: Tensor
+    """Cosines by position, float32 (float64 for float64), [positions, D/2]; cast to the product's type."""
+    sin_PD: Tensor
+    """Sines likewise."""
+    pos_R: Tensor
+    """Positions of the rows, int32."""
+
+
 class StepContext(Protocol):
     """What a layer sees of the step: the rows' positions and the one attention operation."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether `attend` is given queries and keys as the product left them, with a `turn`."""
+        ...
 
     @property
     def pos_AR(self) -> Tensor:
@@ -139,8 +163,13 @@ class StepContext(Protocol):
         scale: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
-        """Write the rows' keys and values into the layer's cache, then attend. Returns [R, H, Dv]."""
+        """Write the rows' keys and values into the layer's cache, then attend. Returns [R, H, Dv].
+
+        With a `turn`, which only a context with `turns` takes, queries, keys and values are parts of its product, and
+        they are turned in place first.
+        """
         ...
 
     def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:

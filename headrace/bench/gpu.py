@@ -268,8 +268,8 @@ def _decode_name(decode: Decode) -> str:
 
 def _decode(rig: Rig, name: str, decode: Decode) -> Figure:
     batch, context, outputs = decode
-    # So that the steps of this batch, and of what is left of it towards the end, are recorded before they are timed; the
-    # peer records its steps when it starts.
+    # So that the steps of this batch, and of what is left of it towards the end, are recorded before they are timed:
+    # the peer records its steps when it starts.
     rig.seconds(rig.fixed(batch, min(context, SIZES.decodes[0].context), outputs))
     with rig.preemptions() as note:
         first_s = rig.seconds(rig.fixed(batch, context, 1, seed=2))

@@ -23,8 +23,10 @@ from headrace.engine.engine import Engine
 from headrace.kernels.attention import AttentionRows, attend, plan_attention, write_kv
 from headrace.kernels.draw import DrawParams, draw
 from headrace.kernels.place import place
+from headrace.kernels.turn import turn as turn_and_write
 from headrace.llm import LLM
 from headrace.params import SamplingParams
+from headrace.step import Turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +137,7 @@ class Loop:
         self.page_table_BP = self.cache.page_table_GBP[0]
         self.kv_len_B = table.kv_len[0]
         self.soft_SE = None
+        self.turns = device.type == "cuda"
         self.out: list[list[int]] = [list(r.output_ids) for r in self.requests]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._landing: tuple[Tensor, torch.cuda.Event] | None = None
@@ -144,10 +147,24 @@ class Loop:
         """One axis."""
         return self.t_B[None]
 
-    def attend(self, layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor, *, scale: float) -> Tensor:
-        """What the layers call."""
+    def attend(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> Tensor:
+        """What the layers call; they ask for neither caps nor sinks here."""
         k_KPSD, v_KPSD = self.cache.layer_pools(layer)
-        write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, self.place_B)
+        if turn is None:
+            write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, self.place_B)
+        else:
+            turn_and_write(turn, k_KPSD, v_KPSD, self.place_B)
         return attend(q_RHD, self.rows, k_KPSD, v_KPSD, self.page_table_BP, self.kv_len_B, scale=scale, plan=self.plan)[
             0
         ]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionPlan, AttentionRows, Chain, attend, plan_attention, write_kv
+from headrace.kernels.turn import turn as turn_and_write
+from headrace.step import Turn
 
 TRASH = 0
 """The page that ghosts write to; no request holds it."""
@@ -71,6 +73,8 @@ class Form(ABC):
 
     captures = False
     """Whether a step may be recorded and replayed with other sizes: nothing waits for the device or reads `spans`."""
+    turns = False
+    """Whether `attend` takes queries and keys as the product left them, with a `turn`."""
 
     @abstractmethod
     def plan(self, step: GroupStep) -> Any:
@@ -88,8 +92,12 @@ class Form(ABC):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
+        turn: Turn | None = None,
     ) -> Tensor:
-        """Write the rows' keys and values into the layer's planes, by class, then attend. Returns [R, H, Dv]."""
+        """Write the rows' keys and values into the layer's planes, by class, then attend. Returns [R, H, Dv].
+
+        `turn`: see StepContext; only a form with `turns` is given one.
+        """
 
 
 class _DirectPlan(NamedTuple):
@@ -102,6 +110,10 @@ class Direct(Form):
     """The planes of the one class are keys [K, P, S, D] and values [K, P, S, Dv] as attention takes them."""
 
     captures = True
+
+    def __init__(self, device: torch.device) -> None:
+        # On the CPU three operations over the rows of a step are faster than one that goes head by head.
+        self.turns = device.type == "cuda"
 
     def plan(self, step: GroupStep) -> _DirectPlan:
         """The attention's own plan."""
@@ -123,11 +135,15 @@ class Direct(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Write, then read the pages where they lie."""
         ((k_KPSD, v_KPSD),) = planes
         step = plan.step
-        write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, step.place_R)
+        if turn is None:
+            write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, step.place_R)
+        else:
+            turn_and_write(turn, k_KPSD, v_KPSD, step.place_R)
         out_RHD, _ = attend(
             q_RHD,
             step.rows,
@@ -210,6 +226,7 @@ class Gathered(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Write, decode, attend."""
         self.write(plan, planes, k_RKD, v_RKD)
@@ -315,6 +332,7 @@ class Selected(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Write, decode, attend, and once more for the rows that choose."""
         self.gathered.write(plan.gathered, planes, k_RKD, v_RKD)

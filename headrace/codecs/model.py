@@ -38,4 +38,4 @@ class ModelType(Codec):
 
     def form(self, device: torch.device) -> Form:
         """The attention kernels."""
-        return Direct()
+        return Direct(device)

@@ -33,7 +33,7 @@ from headrace.request import Request
 from headrace.sampling.logprobs import TopLogprobs, gather_logprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.staging import upload
-from headrace.step import Commit, OutTable, RowTable, Scan
+from headrace.step import Commit, OutTable, RowTable, Scan, Turn
 from headrace.tables import RequestTable
 
 SCORE_CHUNK = 512
@@ -169,6 +169,7 @@ class _Context:
     ) -> None:
         self._cache = runner.cache
         self._first_layer, self._form = stream.first_layer, stream.form
+        self.turns = stream.form.turns
         self.states = runner.states.step(rows.reqs, rows.row_ptr)
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
@@ -204,6 +205,7 @@ class _Context:
         scale: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Write the rows' keys and values, then attend."""
         layer += self._first_layer
@@ -216,6 +218,7 @@ class _Context:
             scale=scale,
             softcap=softcap,
             sinks_H=sinks_H,
+            **({} if turn is None else {"turn": turn}),
         )
 
     def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:

@@ -12,7 +12,8 @@ from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rotary import rotate_
 from headrace.layers.linear import Linear
 from headrace.layers.placement import Placement
-from headrace.step import LayerState, StepContext
+from headrace.layers.rotary import Rotation
+from headrace.step import LayerState, StepContext, Turn
 
 
 class Attention(nn.Module):
@@ -58,18 +59,25 @@ class Attention(nn.Module):
         kind = "window" if self.window else "paged"
         return LayerState(kind, self.kv_heads, self.head_dim, self.head_dim, self.window)
 
-    def mix(
-        self, x_RE: Tensor, norm: tuple[Tensor, float], cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext
-    ) -> Tensor:
+    def mix(self, x_RE: Tensor, norm: tuple[Tensor, float], rotation: Rotation, ctx: StepContext) -> Tensor:
         """What the heads bring for each row, side by side: the input of `out`. `norm`: weight and eps of x's norm."""
         rows, turned = x_RE.shape[0], self.heads + self.kv_heads
         qkv_RND = self.qkv.forward(x_RE, norm).view(rows, turned + self.kv_heads, self.head_dim)
-        qk_RND, v_RKD = qkv_RND.split((turned, self.kv_heads), 1)
+        qk_norm = None
         if self.qk_norm is not None and self.qk_norm_eps is not None:
-            qk_RND = rms_norm(qk_RND, self.qk_norm, self.qk_norm_eps)
-        rotate_(qk_RND, cos_R1D, sin_R1D)
-        q_RHD, k_RKD = qk_RND.split((self.heads, self.kv_heads), 1)
-        out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale)
+            qk_norm = self.qk_norm, self.qk_norm_eps
+        if ctx.turns:
+            tables = rotation.cos_PD, rotation.sin_PD, rotation.pos_R
+            q_RHD, k_RKD, v_RKD = qkv_RND.split((self.heads, self.kv_heads, self.kv_heads), 1)
+            turn = Turn(qkv_RND, self.heads, self.kv_heads, qk_norm, *tables)
+            out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale, turn=turn)
+        else:
+            qk_RND, v_RKD = qkv_RND.split((turned, self.kv_heads), 1)
+            if qk_norm is not None:
+                qk_RND = rms_norm(qk_RND, *qk_norm)
+            rotate_(qk_RND, *rotation.pair)
+            q_RHD, k_RKD = qk_RND.split((self.heads, self.kv_heads), 1)
+            out_RHD = ctx.attend(self.layer, q_RHD, k_RKD, v_RKD, scale=self.scale)
         return out_RHD.reshape(rows, self.heads * self.head_dim)
 
     def tensors(self, name: str) -> dict[str, list[Tensor]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from headrace.kernels.rotary import rotate_
 from headrace.layers.placement import Placement
 
-__all__ = ["SCALINGS", "RopeConfig", "Rotary", "inverse_frequencies", "rotate_"]
+__all__ = ["SCALINGS", "RopeConfig", "Rotary", "Rotation", "inverse_frequencies", "rotate_"]
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
@@ -133,6 +134,19 @@ def _llama3(rope: RopeConfig, f: Tensor) -> Tensor:
     long = wave > rope.original_positions / rope.low_freq_factor
     short = wave < rope.original_positions / rope.high_freq_factor
     return torch.where(long, f / rope.factor, torch.where(short, f, mixed))
+
+
+class Rotation:
+    """The angles of a step's rows: as tables and positions, and gathered where that is asked for."""
+
+    def __init__(self, rotary: Rotary, pos_R: Tensor) -> None:
+        self.cos_PD, self.sin_PD, self.pos_R = rotary.cos_PD, rotary.sin_PD, pos_R
+        self._rotary = rotary
+
+    @cached_property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """What `rotate_` takes."""
+        return self._rotary.forward(self.pos_R)
 
 
 class Rotary(nn.Module):

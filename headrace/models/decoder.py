@@ -18,7 +18,7 @@ from headrace.layers.attention import Attention
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
 from headrace.layers.placement import Placement
-from headrace.layers.rotary import Rotary
+from headrace.layers.rotary import Rotary, Rotation
 from headrace.models.base import CausalLM
 from headrace.models.config import ModelConfig
 from headrace.step import LayerState, StepContext
@@ -33,12 +33,10 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
 
-    def forward(
-        self, x_RE: Tensor, cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext, wanted_M: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_RE: Tensor, rotation: Rotation, ctx: StepContext, wanted_M: Tensor | None = None) -> Tensor:
         """The residual stream after this layer; x is overwritten. With `wanted_M` only those rows of it."""
         # `forward` by name: calling a module looks for hooks first, which costs more than a norm at small widths.
-        mixed = self.attention.mix(x_RE, self.attention_norm.terms, cos_R1D, sin_R1D, ctx)
+        mixed = self.attention.mix(x_RE, self.attention_norm.terms, rotation, ctx)
         if wanted_M is not None:
             x_RE, mixed = x_RE.index_select(0, wanted_M), mixed.index_select(0, wanted_M)
         self.attention.out.add_to(x_RE, mixed)
@@ -91,10 +89,10 @@ class DecoderLM(CausalLM):
         Of the rows that are not wanted the last layer computes keys and values and nothing else: nobody reads more.
         """
         x_RE = embed(tok_R, self.embed_VE, ctx.soft_SE)
-        cos_R1D, sin_R1D = self.rotary(ctx.pos_AR[0])
+        rotation = Rotation(self.rotary, ctx.pos_AR[0])
         blocks = self._blocks()
         for block in blocks:
-            x_RE = block.forward(x_RE, cos_R1D, sin_R1D, ctx, wanted_M if block is blocks[-1] else None)
+            x_RE = block.forward(x_RE, rotation, ctx, wanted_M if block is blocks[-1] else None)
         return self.norm(x_RE)
 
     def logits(self, hidden_ME: Tensor) -> Tensor:

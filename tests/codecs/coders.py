@@ -136,6 +136,8 @@ class CodedContext:
         self.pos_AR = torch.arange(count, dtype=torch.int32)[None]
         self.soft_SE = None
 
+    turns = False
+
     def attend(
         self,
         layer: int,

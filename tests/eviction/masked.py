@@ -98,6 +98,8 @@ class MaskedContext:
         self.pos_AR = torch.tensor(rows, dtype=torch.int32)[None]
         self.soft_SE = None
 
+    turns = False
+
     def attend(
         self,
         layer: int,

@@ -31,9 +31,10 @@ from headrace.kernels.report.gpu import report_gpu
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
 from headrace.kernels.rotary.gpu import rotate_gpu_
 from headrace.kernels.silu_mul.gpu import silu_mul_gpu
+from headrace.kernels.turn.gpu import turn_gpu
 from headrace.kernels.walk import Drafts, Walks
 from headrace.kernels.walk.gpu import walk_gpu
-from headrace.step import RowTable
+from headrace.step import RowTable, Turn
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -111,6 +112,7 @@ def launch_all() -> None:
             report_gpu(Advanced(*ints(3, n)), drafted, Priced(ints(n, n), ints(n, n), torch.zeros(n)))
 
     project_all()
+    turn_all()
     attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
     attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
     attend_once(torch.bfloat16, 40, 4, 8, 2, 16, full=True, splits=True)
@@ -141,6 +143,18 @@ def project_all() -> None:
         project.project_gpu(x, weight, gated=True)
         project.project_onto_gpu(y, x, weight[:outputs])
         project.project_onto_gpu(y, x, weight[:outputs], bias[:outputs])
+
+
+def turn_all() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for heads, kv_heads, size, has_norm in ((1, 1, 2, False), (16, 8, 128, True), (32, 8, 80, False)):
+            norm = (torch.ones(heads + kv_heads, size, dtype=dtype), 1e-6) if has_norm else None
+            for rows in (1, 300):
+                qkv = torch.zeros(rows, heads + 2 * kv_heads, size, dtype=dtype)
+                table = torch.zeros(9, size // 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                work = Turn(qkv, heads, kv_heads, norm, table, table, ints(rows))
+                pools = [torch.zeros(kv_heads, 3, 16, size, dtype=dtype) for _ in "kv"]
+                turn_gpu(work, *pools, torch.zeros(rows, dtype=torch.int64))
 
 
 def attend_once(

@@ -39,6 +39,8 @@ class DenseContext:
         self.soft_SE = None
         self.layers: list[int] = []
 
+    turns = False
+
     def attend(
         self,
         layer: int,

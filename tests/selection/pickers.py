@@ -73,6 +73,8 @@ class SelectedContext:
         self.pos_AR = torch.arange(count, dtype=torch.int32)[None]
         self.soft_SE = None
 
+    turns = False
+
     def attend(
         self,
         layer: int,
