@@ -58,7 +58,9 @@ class Attention(nn.Module):
         kind = "window" if self.window else "paged"
         return LayerState(kind, self.kv_heads, self.head_dim, self.head_dim, self.window)
 
-    def mix(self, x_RE: Tensor, norm: tuple[Tensor, float], cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext) -> Tensor:
+    def mix(
+        self, x_RE: Tensor, norm: tuple[Tensor, float], cos_R1D: Tensor, sin_R1D: Tensor, ctx: StepContext
+    ) -> Tensor:
         """What the heads bring for each row, side by side: the input of `out`. `norm`: weight and eps of x's norm."""
         rows, turned = x_RE.shape[0], self.heads + self.kv_heads
         qkv_RND = self.qkv.forward(x_RE, norm).view(rows, turned + self.kv_heads, self.head_dim)

@@ -30,8 +30,8 @@ from headrace.models.checkpoint import load_model
 # `device` teaches the interpreter products of bfloat16.
 pytestmark = [*gpu_forms.marks, pytest.mark.usefixtures("device")]
 DEVICE, HAS_GPU = gpu_forms.DEVICE, gpu_forms.HAS_GPU
-# Relative to the largest result. A last bit of float32 may decide how the norm, the gate and the result are rounded; and
-# the interpreter cuts float32 off where compiled code rounds it to bfloat16.
+# Relative to the largest result. A last bit of float32 may decide how norm, gate and result are rounded, and the
+# interpreter cuts float32 off where compiled code rounds it to bfloat16.
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 PROFILE = settings(
     max_examples=200 if HAS_GPU else 60,
@@ -61,7 +61,9 @@ def whole_numbers(seed: int, *shape: int, dtype: torch.dtype, most: int) -> Tens
 
 def draw_sizes(data: st.DataObject, gated: bool) -> tuple[int, int, int, Shape | None]:
     """Rows, outputs, inputs, and the cut: the chosen or any other."""
-    rows = data.draw(st.sampled_from([1, 1, 2, 3, FOLD_NORM_ROWS, FOLD_NORM_ROWS + 1, 9, MAX_ROWS, MAX_ROWS + 1]), "rows")
+    rows = data.draw(
+        st.sampled_from([1, 1, 2, 3, FOLD_NORM_ROWS, FOLD_NORM_ROWS + 1, 9, MAX_ROWS, MAX_ROWS + 1]), "rows"
+    )
     results = data.draw(st.one_of(st.integers(1, 50), st.sampled_from([64, 130, 300])), "results")
     inputs = data.draw(st.one_of(st.integers(1, 70), st.sampled_from([128, 600, 1024, 2500])), "inputs")
     shape = None
@@ -255,7 +257,8 @@ def test_a_graph_gives_the_same(rows: int) -> None:
     x = there(numbers(0, rows, 1024, dtype=torch.bfloat16))
     norm = (there(numbers(1, 1024, dtype=torch.bfloat16)), EPS)
     up, down = (
-        there(numbers(i, *shape, dtype=torch.bfloat16, spread=0.03)) for i, shape in ((2, (6144, 1024)), (3, (1024, 3072)))
+        there(numbers(i, *shape, dtype=torch.bfloat16, spread=0.03))
+        for i, shape in ((2, (6144, 1024)), (3, (1024, 3072)))
     )
 
     def chain() -> Tensor:

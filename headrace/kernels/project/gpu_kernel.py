@@ -201,8 +201,8 @@ def multiply_row(
     up_sum_N1 = gate_sum_N1
     if GATED:
         up_sum_N1 = tl.sum(up_sum_NE, 1)[:, None]
-    _finish(y_RN, gate_sum_N1, up_sum_N1, bias_N1, up_bias_N1, old_N1, parts, arrived_T, n_N, 1, n_results, 0, BLOCK_N, 1, SPLITS,
-            HAS_BIAS, ONTO, GATED)  # fmt: skip
+    _finish(y_RN, gate_sum_N1, up_sum_N1, bias_N1, up_bias_N1, old_N1, parts, arrived_T, n_N, 1, n_results, 0,
+            BLOCK_N, 1, SPLITS, HAS_BIAS, ONTO, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_results"])
@@ -287,5 +287,5 @@ def multiply_tile(
         if GATED:
             up_NE = _weights(up_N1, at, end, BLOCK_E, EVEN)
             up_sum_NR = tl.dot(up_NE, tl.trans(x_tile_RE), up_sum_NR)
-    _finish(y_RN, sum_NR, up_sum_NR, bias_N1, up_bias_N1, old_NR, parts, arrived_T, n_N, n_rows, n_results, y_row, BLOCK_N, BLOCK_R,
-            SPLITS, HAS_BIAS, ONTO, GATED)  # fmt: skip
+    _finish(y_RN, sum_NR, up_sum_NR, bias_N1, up_bias_N1, old_NR, parts, arrived_T, n_N, n_rows, n_results, y_row,
+            BLOCK_N, BLOCK_R, SPLITS, HAS_BIAS, ONTO, GATED)  # fmt: skip
