@@ -10,7 +10,7 @@ import torch
 from headrace.bench.report import headline, machine, table
 from headrace.errors import ConfigError
 
-KERNELS = {"cpu": ("draw", "attention"), "cuda": ("attention",)}
+KERNELS = {"cpu": ("draw", "attention"), "cuda": ("attention", "project")}
 """By device, the operations that have a benchmark there: `benchmark.py` on the CPU, `benchmark_gpu.py` on a GPU."""
 
 

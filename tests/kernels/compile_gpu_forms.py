@@ -129,6 +129,7 @@ def project_all() -> None:
         (torch.bfloat16, 1, 6144, 4096),
         (torch.bfloat16, 1, 1024, 2048),
         (torch.float16, 1, 7, 1001),
+        (torch.bfloat16, 1, 1024, 3072),
         (torch.bfloat16, 2, 6144, 4096),
         (torch.bfloat16, 16, 1024, 3072),
         (torch.float16, 64, 4096, 4096),

@@ -9,24 +9,12 @@ from pathlib import Path
 
 import pytest
 
-NAMES = {
-    "_norm",
-    "_rotate",
-    "_silu_mul",
-    "scan",
-    "contest",
-    "finish",
-    "_advance",
-    "_fill",
-    "_place",
-    "_walk",
-    "_gather",
-    "_pack",
-}
+NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
+NAMES |= {"_place", "_walk", "_gather", "_pack", "_turn"}
 NAMES |= {"multiply_row", "multiply_tile"}
+NAMES |= {"list_tiles", "attend_tiles", "merge_splits", "write_rows"}
 MOST_SHARED = 227 * 2**10
 """Bytes of shared memory that a program can have on compute capability 9.0."""
-NAMES |= {"list_tiles", "attend_tiles", "merge_splits", "write_rows"}
 
 
 def test_all_kernels_compile(tmp_path: Path) -> None:

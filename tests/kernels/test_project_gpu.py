@@ -19,7 +19,7 @@ from test_elementwise_gpu import same_bits, there
 from tiny_models import reference
 from torch import Tensor
 
-from headrace.kernels.project import gpu
+from headrace.kernels.project import gpu, gpu_shape
 from headrace.kernels.project import project as composed
 from headrace.kernels.project import project_onto as composed_onto
 from headrace.kernels.project.gpu_shape import FOLD_NORM_ROWS, MAX_ROWS, Shape
@@ -30,8 +30,8 @@ from headrace.models.checkpoint import load_model
 # `device` teaches the interpreter products of bfloat16.
 pytestmark = [*gpu_forms.marks, pytest.mark.usefixtures("device")]
 DEVICE, HAS_GPU = gpu_forms.DEVICE, gpu_forms.HAS_GPU
-# Relative to the largest result. A last bit of float32 may decide how the norm, the gate and the result are rounded;
-# the interpreter cuts float32 off where compiled code rounds it to bfloat16.
+# Relative to the largest result. A last bit of float32 may decide how norm, gate and result are rounded, and the
+# interpreter cuts float32 off where compiled code rounds it to bfloat16.
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 PROFILE = settings(
     max_examples=200 if HAS_GPU else 60,
@@ -61,7 +61,9 @@ def whole_numbers(seed: int, *shape: int, dtype: torch.dtype, most: int) -> Tens
 
 def draw_sizes(data: st.DataObject, gated: bool) -> tuple[int, int, int, Shape | None]:
     """Rows, outputs, inputs, and the cut: the chosen or any other."""
-    rows = data.draw(st.one_of(st.just(1), st.integers(1, MAX_ROWS), st.just(MAX_ROWS + 1)), "rows")
+    rows = data.draw(
+        st.sampled_from([1, 1, 2, 3, FOLD_NORM_ROWS, FOLD_NORM_ROWS + 1, 9, MAX_ROWS, MAX_ROWS + 1]), "rows"
+    )
     results = data.draw(st.one_of(st.integers(1, 50), st.sampled_from([64, 130, 300])), "results")
     inputs = data.draw(st.one_of(st.integers(1, 70), st.sampled_from([128, 600, 1024, 2500])), "inputs")
     shape = None
@@ -278,3 +280,22 @@ def test_a_graph_gives_the_same(rows: int) -> None:
             gpu.project_onto_gpu(y, gpu.project_gpu(y, up, norm=norm, gated=True), down)
             torch.cuda.synchronize()  # nothing overlaps
         assert same_bits(captured, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, MAX_ROWS])
+def test_the_operation_takes_the_kernel_where_it_is_chosen(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = gpu._launch
+
+    def counted(y_RN: torch.Tensor, *rest: Any, **options: Any) -> None:
+        calls.append(len(y_RN))
+        original(y_RN, *rest, **options)
+
+    monkeypatch.setattr(gpu, "_launch", counted)
+    x_RE, weight_NE = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((rows, 256), (512, 256)))
+    for chosen in (0, MAX_ROWS):
+        monkeypatch.setattr(gpu_shape, "CHOSEN_ROWS", chosen)
+        y_RN = composed(x_RE, weight_NE, gated=True)
+        composed_onto(torch.zeros_like(y_RN), x_RE, weight_NE[:256])
+        assert calls == [rows, rows] * (chosen > 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.project import gpu_shape
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.silu_mul import silu_mul
 
@@ -26,7 +27,7 @@ def project(
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """A linear map. A GPU runs a kernel of its own for few rows of 16-bit numbers; all else is composed.
+    """A linear map. For few rows of 16-bit numbers a GPU has a kernel (`gpu_shape.CHOSEN_ROWS`); all else is composed.
 
     Composed means: `rms_norm`, the library's product, `silu_mul`.
 
@@ -44,7 +45,7 @@ def project(
         ConfigError: the tensors are on a GPU and Triton cannot be imported.
         RuntimeError, ValueError: shapes or types do not fit, as the parts say it.
     """
-    if x_RE.is_cuda:
+    if x_RE.is_cuda and x_RE.shape[0] <= gpu_shape.CHOSEN_ROWS:
         from headrace.kernels.project import gpu  # Triton is loaded where it is used
 
         if gpu.takes(x_RE, weight_NE, bias_N, norm, gated=gated):
@@ -68,7 +69,7 @@ def project_onto(y_RN: Tensor, x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor |
         ConfigError: the tensors are on a GPU and Triton cannot be imported.
         RuntimeError: shapes or types do not fit, as torch says it.
     """
-    if x_RE.is_cuda:
+    if x_RE.is_cuda and x_RE.shape[0] <= gpu_shape.CHOSEN_ROWS:
         from headrace.kernels.project import gpu  # Triton is loaded where it is used
 
         if gpu.takes_onto(y_RN, x_RE, weight_NE, bias_N):

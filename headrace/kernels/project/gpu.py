@@ -45,7 +45,7 @@ def overlaps(device: torch.device) -> bool:
 def takes(
     x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, norm: tuple[Tensor, float] | None, *, gated: bool
 ) -> bool:
-    """Whether the kernels are for these tensors: few rows, one 16-bit type, shapes that fit, rows of numbers side by side."""  # noqa: E501
+    """Whether the kernels are for these tensors: few rows, one 16-bit type, shapes that fit, weights in plain rows."""
     others = [weight_NE] if bias_N is None else [weight_NE, bias_N]
     if norm is not None:
         others.append(norm[0])
@@ -102,8 +102,8 @@ def project_onto_gpu(
 def shape_of(x_RE: Tensor, weight_NE: Tensor, *, gated: bool) -> Shape:
     """The cut that is chosen for a product; see `gpu_shape.choose_shape`."""
     chip = Chip(processors(x_RE.device), shared_bytes(x_RE.device))
-    rows, (outputs, inputs) = x_RE.shape[0], weight_NE.shape
-    return choose_shape(Product(rows, outputs, inputs, x_RE.dtype.itemsize, gated), chip)
+    outputs, inputs = weight_NE.shape
+    return choose_shape(Product(x_RE.shape[0], outputs, inputs, x_RE.dtype.itemsize, gated), chip)
 
 
 def _launch(

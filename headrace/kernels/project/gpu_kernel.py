@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from headrace.kernels.gpu_runtime import tl, triton
 
-LINE = 64
+LINE = tl.constexpr(64)
 """Elements of 16 bits in a line of the L2 cache."""
 
 
 @triton.jit
 def _ask_l2(at_N1, begin, n_inputs, AHEAD: tl.constexpr):
     """Ask the L2 cache for AHEAD inputs of every row of the weight from `begin` on; nothing waits for them."""
-    line_1L = tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, n_inputs - 1)[None, :]
+    line_1L = tl.minimum(begin + tl.arange(0, AHEAD // LINE) * LINE, n_inputs - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at_N1 + line_1L], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 from headrace.kernels.gpu_sizes import next_power
 
+CHOSEN_ROWS = 0
+"""Rows up to which the kernel is chosen before the library's product: none until it has been timed on the chips that it
+is for. `benchmark_gpu` shows where it is faster."""
 MAX_ROWS = 16
-"""Rows above which the library's product runs; the kernel itself takes up to 64."""
+"""Rows above which the library's product runs whatever was chosen; the kernel itself takes up to 64."""
 MOST_ROWS = 64
 """Rows that the kernel can take."""
 FOLD_NORM_ROWS = 4
@@ -28,7 +31,11 @@ CACHE_LINE = 128
 ROW_TILE_BYTES = 2**14
 """Bytes of a tile of weights; gate and up share it."""
 ROW_BLOCK_E = 1024
-"""Most inputs of a tile."""
+"""Most inputs of a tile, where there are outputs enough."""
+ROW_WIDE_E = 4096
+"""Most inputs of a tile, where fewer outputs of a program fill the chip better."""
+ROW_SMALL_N = 2
+"""Smallest number of results of a program."""
 ROW_WARPS = 4
 ROW_PROGRAMS = 3
 """Programs to have ready for each processor before inputs are no longer split."""
@@ -42,6 +49,7 @@ TILE_WARPS = 4
 TILE_STAGE_BYTES = 6 * 2**14
 """Bytes of all stages of a program: two programs of 64 x 128 tiles in 16 bits share a processor."""
 TILE_PROGRAMS = 2
+MAX_STAGES = 8
 MIN_SPLIT_TILES = 4
 """Tiles of inputs that a split is made for."""
 MAX_SPLITS = 16
@@ -96,6 +104,9 @@ def choose_shape(product: Product, chip: Chip) -> Shape:
         block_e = min(next_power(product.inputs), ROW_BLOCK_E)
         block_n = max(ROW_TILE_BYTES // (block_e * product.itemsize * _weights(product)), 1)
         wanted = chip.processors * ROW_PROGRAMS
+        while -(-results // block_n) < wanted and block_n > ROW_SMALL_N:
+            block_n //= 2
+            block_e = min(2 * block_e, ROW_WIDE_E, next_power(product.inputs))
         n_warps, n_stages = ROW_WARPS, 1
     else:
         block_e = min(max(next_power(product.inputs), 16), TILE_BLOCK_E)
@@ -106,13 +117,16 @@ def choose_shape(product: Product, chip: Chip) -> Shape:
         while -(-results // block_n) < wanted // 2 and block_n > max(TILE_SMALL_N, 2 * product.rows):
             block_n //= 2
         stage = (block_n * _weights(product) + block_rows(product.rows)) * block_e * product.itemsize
-        n_stages = max(2, min(TILE_STAGE_BYTES, chip.shared_bytes) // stage)
+        n_stages = max(2, min(min(TILE_STAGE_BYTES, chip.shared_bytes) // stage, MAX_STAGES))
     tiles = -(-product.inputs // block_e)
     splits = 1
     while -(-results // block_n) * splits < wanted and splits < MAX_SPLITS and tiles >= 2 * splits * MIN_SPLIT_TILES:
         splits *= 2
     ahead = AHEAD_BYTES // (block_n * _weights(product) * product.itemsize)
-    return Shape(product.rows <= ROW_FORM_ROWS, block_n, block_e, splits, n_warps, n_stages, ahead)
+    is_row = product.rows <= ROW_FORM_ROWS
+    # The form for one row has its first tile on the way already.
+    left = -(-tiles // splits) * block_e - (block_e if is_row else 0)
+    return Shape(is_row, block_n, block_e, splits, n_warps, n_stages, min(ahead, left))
 
 
 def _weights(product: Product) -> int:
