@@ -25,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from headrace.engine.engine import check_urgency
+from headrace.checks import show
+from headrace.engine.engine import check_request_id, check_urgency
 from headrace.errors import ConfigError, EngineDeadError, QueueFullError
 from headrace.front import Encoded, Prompt, TextFront
 from headrace.llm import LLM
@@ -59,7 +60,7 @@ class AsyncLLM:
         **options: Any,
     ) -> None:
         if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
-            raise ConfigError(f"max_queue is {max_queue!r}; it must be a whole number of at least 1")
+            raise ConfigError(f"max_queue is {show(max_queue)}; it must be a whole number of at least 1")
         if front is not None and (model is not None or options):
             given = ", ".join([*(["model"] if model is not None else []), *options])
             raise ConfigError(f"a front is given, and so is {given}: its model is loaded already; give one of them")
@@ -114,6 +115,8 @@ class AsyncLLM:
         """
         self._worker.check()
         check_urgency(priority, deadline_s)
+        if request_id is not None:
+            check_request_id(request_id)
         stream = _Stream(
             request_id=f"async-{next(self._ids)}" if request_id is None else request_id,
             encoded=self._encode(prompt),
@@ -140,8 +143,10 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its reader gets a last output with the reason `abort`. Unknown or finished ids are no
-        error. Returns when its pages are back. Raises EngineDeadError."""
+        error. Returns when its pages are back. Raises EngineDeadError, and RequestError for an id that is no
+        text."""
         self._worker.check()
+        check_request_id(request_id)
         for stream in self._coming:
             stream.aborted |= stream.request_id == request_id
         self._room.dismiss(request_id)

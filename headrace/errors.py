@@ -43,5 +43,9 @@ class NumericalError(HeadraceError):
     """The model produced logits that no token can be drawn from (NaN, or nothing finite)."""
 
 
+class OutputError(HeadraceError):
+    """What was made could not be written: the disk is full, or the file was taken away."""
+
+
 class InvariantError(HeadraceError):
     """The engine's books do not balance. Always a bug of the engine, never of the caller."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.layers.placement import Placement
+from headrace.memory import check_memory
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
@@ -70,6 +71,7 @@ def load_model(
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
+        CapacityError: the model is bigger than the memory that is available.
         UnsupportedModelError: the configuration asks for something that is not implemented.
         ConfigError: an argument is impossible.
     """
@@ -86,12 +88,22 @@ def load_model(
         expected = build_model(config, max_model_len=max_model_len, place=outline).tensors()
         _check(directory, config, expected, entries)
     place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
     if load_format == "auto":
         _stream(model.tensors(), entries)
     else:
         fill_random(model, seed)
     return model.eval()
+
+
+def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
+    """Raise CapacityError before anything is taken that does not fit."""
+    outline = build_model(config, max_model_len=max_model_len, place=place._replace(device=torch.device("meta")))
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
+    dtype = str(place.dtype).removeprefix("torch.")
+    way_out = "use a smaller model, a narrower dtype, a smaller max_model_len, or a device with more memory"
+    check_memory(f"the model in {dtype} takes", needed, place.device, way_out)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -204,7 +216,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no index of shards ({_first_line(error)}): fetch it again") from error
     outside = sorted({file for file in pairs.values() if Path(file).name != file or file in ("", ".", "..")})
     if outside:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headrace.checks import show
 from headrace.errors import ConfigError, UnsupportedModelError
 from headrace.layers.rotary import SCALINGS, RopeConfig
 
@@ -43,6 +44,15 @@ INERT = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+MOST = 2**31 - 1
+"""Of any size: token ids and positions are 32-bit numbers."""
+MOST_WIDTH = 2**24
+"""So that the bytes of a weight can be counted in 64 bits."""
+MOST_LAYERS = 1024
+LARGEST = 1e30
+"""Of any number: far from the end of float32."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +99,21 @@ class Entries:
 
     def refuse(self, key: str, must: str) -> UnsupportedModelError:
         """The error for an entry whose value cannot be used."""
-        return UnsupportedModelError(f"{self.where}: {key} is {self.raw.get(key)!r}; it must be {must}")
+        return UnsupportedModelError(f"{self.where}: {key} is {show(self.raw.get(key))}; it must be {must}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
-        """A whole number of at least `low`; required if there is no default."""
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MOST) -> int:
+        """A whole number from `low` to `high`; required if there is no default."""
         value = self.get(key)
         if value is None and default is not None:
             return default
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
+            or not low <= value <= high
             or not float(value).is_integer()
-            or value < low
         ):
-            raise self.refuse(key, f"a whole number of at least {low}")
+            most = f" and at most {high}" if isinstance(value, int | float) and value > high else ""
+            raise self.refuse(key, f"a whole number of at least {low}{most}")
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -110,7 +121,7 @@ class Entries:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
             raise self.refuse(key, "a positive number")
         return float(value)
 
@@ -129,7 +140,7 @@ class Entries:
         if (
             not isinstance(value, list)
             or len(value) != count
-            or not all(isinstance(x, int | float) and x > 0 for x in value)
+            or not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= LARGEST for x in value)
         ):
             raise self.refuse(key, f"a list of {count} positive numbers")
         return tuple(float(x) for x in value)
@@ -150,8 +161,7 @@ class Entries:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return show(value)
 
 
 def read_decoder(
@@ -175,15 +185,17 @@ def read_decoder(
         windows: whether the family has sliding windows.
     """
     _refuse_variants(entries)
-    hidden_size = entries.integer("hidden_size")
-    num_heads = entries.integer("num_attention_heads")
-    num_layers = entries.integer("num_hidden_layers")
+    hidden_size = entries.integer("hidden_size", high=MOST_WIDTH)
+    num_heads = entries.integer("num_attention_heads", high=MOST_WIDTH)
+    num_layers = entries.integer("num_hidden_layers", high=MOST_LAYERS)
     num_kv_heads = entries.integer("num_key_value_heads", kv_heads or num_heads)
     if num_heads % num_kv_heads:
         raise entries.refuse("num_attention_heads", f"a multiple of num_key_value_heads = {num_kv_heads}")
     if head_dim is None and entries.get("head_dim") is None and hidden_size % num_heads:
         raise entries.refuse("hidden_size", f"a multiple of num_attention_heads = {num_heads}, or head_dim given")
     head_dim = entries.integer("head_dim", head_dim or hidden_size // num_heads)
+    if num_heads * head_dim > MOST:
+        raise entries.refuse("num_attention_heads", f"at most {MOST // head_dim} with head_dim = {head_dim}")
     if head_dim % 2:
         raise UnsupportedModelError(f"{entries.where}: head_dim is {head_dim}; the rotation needs an even number")
     positions = entries.integer("max_position_embeddings", max_positions)
@@ -191,7 +203,7 @@ def read_decoder(
         model_type=entries.raw["model_type"],
         vocab_size=entries.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=entries.integer("intermediate_size"),
+        intermediate_size=entries.integer("intermediate_size", high=MOST_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -204,7 +216,7 @@ def read_decoder(
         mlp_bias=mlp_bias,
         windows=_read_windows(entries, num_layers) if windows else (0,) * num_layers,
         dtype=_read_dtype(entries),
-        bos_token_id=_read_token_ids(entries, "bos_token_id")[0] if entries.get("bos_token_id") is not None else None,
+        bos_token_id=next(iter(_read_token_ids(entries, "bos_token_id")), None),
         eos_token_ids=_read_token_ids(entries, "eos_token_id"),
         architectures=tuple(entries.raw.get("architectures") or ()),
     )
@@ -231,7 +243,7 @@ def _read_dtype(entries: Entries) -> torch.dtype | None:
     name = old if new is None else new
     if name is None or name == "auto":
         return None
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise entries.refuse(key, f"one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
@@ -239,7 +251,7 @@ def _read_dtype(entries: Entries) -> torch.dtype | None:
 def _read_token_ids(entries: Entries, key: str) -> tuple[int, ...]:
     value = entries.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids):
         raise entries.refuse(key, "a token id or a list of token ids")
     return tuple(ids)
 
@@ -283,11 +295,17 @@ def read_rope(entries: Entries, head_dim: int, max_positions: int) -> RopeConfig
     rope = Entries(raw, f"{entries.where}: {'rope_parameters' if new else 'rope_scaling'}")
     outer_theta = entries.get("rope_theta")
     theta = entries.number("rope_theta", 10000.0) if rope.get("rope_theta") is None else rope.number("rope_theta")
+    if theta <= 1.0:
+        raise UnsupportedModelError(f"{entries.where}: rope_theta is {theta}; it must be above 1")
     if outer_theta is not None and outer_theta != theta:
         raise UnsupportedModelError(
             f"{entries.where}: rope_theta is {outer_theta} and {theta} in rope_parameters: remove one of them"
         )
-    kinds = {kind for kind in (rope.get("rope_type"), rope.get("type")) if kind is not None} or {"default"}
+    kinds = {
+        kind if isinstance(kind, str) else show(kind)
+        for kind in (rope.get("rope_type"), rope.get("type"))
+        if kind is not None
+    } or {"default"}
     if len(kinds) > 1 or not kinds <= set(SCALINGS):
         raise UnsupportedModelError(
             f"{rope.where} has rope_type {' and '.join(map(repr, sorted(kinds)))}; implemented: {', '.join(SCALINGS)}"
@@ -315,8 +333,8 @@ def _read_scaling(
         return RopeConfig(scaling, theta)
     if scaling in ("linear", "dynamic"):
         return RopeConfig(scaling, theta, factor=rope.number("factor"))
-    inner = rope.integer("original_max_position_embeddings", max_positions)
-    original = entries.integer("original_max_position_embeddings", inner)
+    inner = rope.integer("original_max_position_embeddings", max(max_positions, 2), low=2)
+    original = entries.integer("original_max_position_embeddings", inner, low=2)
     attention_factor = None if rope.get("attention_factor") is None else rope.number("attention_factor")
     ratio = max_positions / original
     if scaling == "longrope":
@@ -338,8 +356,8 @@ def _read_scaling(
             attention_factor=attention_factor,
             beta_fast=rope.number("beta_fast", 32.0),
             beta_slow=rope.number("beta_slow", 1.0),
-            mscale=float(rope.get("mscale") or 0.0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
+            mscale=rope.number("mscale", 0.0) if rope.get("mscale") else 0.0,
+            mscale_all_dim=rope.number("mscale_all_dim", 0.0) if rope.get("mscale_all_dim") else 0.0,
             truncate=rope.flag("truncate", True),
         )
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")

@@ -196,7 +196,7 @@ def test_without_a_tokenizer_ids_go_in_and_out() -> None:
 
 
 def test_unknown_options_and_models_are_named(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'max_num_sequences'; known: model"):
+    with pytest.raises(ConfigError, match="unknown option 'max_num_sequences'; did you mean 'max_num_seqs'"):
         LLM(max_num_sequences=3)
     with pytest.raises((CheckpointError, ConfigError), match=r"config\.json"):
         LLM(str(tmp_path))
