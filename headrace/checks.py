@@ -22,6 +22,7 @@ T = TypeVar("T")
 SHOWN = 60
 """Characters of a value that a message shows."""
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def show(value: Any) -> str:
@@ -35,14 +36,18 @@ def show(value: Any) -> str:
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`; did you mean ...?` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
+    if not isinstance(name, str):
+        return ""
+    names, word = list(known), name.lower()
+    begun = [other for other in names if len(word) > 2 and other.startswith(word)]
+    close = begun or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The sentence about a name that is not known."""
+    """The sentence about a name that is not known: the close one, else all."""
     names = list(known)
-    return f"unknown {what} {show(name)}{did_you_mean(name, names) or ';'} known: {', '.join(names)}"
+    return f"unknown {what} {show(name)}{did_you_mean(name, names) or '; known: ' + ', '.join(names)}"
 
 
 def names_checked(what: str, error: type[HeadraceError]) -> Callable[[type[T]], type[T]]:
@@ -123,12 +128,13 @@ def _must(kinds: tuple[Any, ...]) -> str:
     for kind in kinds:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if origin is list:
-            words.append(f"a list, each entry {_KINDS[inner[0]]}")
+            words.append(f"a list of {_MANY[inner[0]]}")
         elif origin is dict:
-            words.append(f"a dict from {_KINDS[inner[0]]} to {_KINDS[inner[1]]}")
+            words.append(f"a dict from {_MANY[inner[0]]} to {_MANY[inner[1]]}")
         elif kind is not types.NoneType:
             words.append(_KINDS[kind])
-    return " or ".join([*words, *(["None"] if types.NoneType in kinds else [])])
+    words += ["None"] if types.NoneType in kinds else []
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _plain(value: Any, kind: Any) -> tuple[bool, Any]:

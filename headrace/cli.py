@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from headrace import __version__
-from headrace.checks import did_you_mean
+from headrace.checks import did_you_mean, unknown
 from headrace.errors import HeadraceError, OutputError
 
 COMMANDS = {
@@ -28,7 +28,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(
+            2,
+            f"{self.prog}: {message.removesuffix('?')}{'?' if message.endswith('?') else ';'} see {self.prog} --help\n",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,11 +79,14 @@ def _run(words: list[str]) -> int:
         # Only the command that is used loads its module: `headrace --help` must not wait for torch.
         if name in words:
             importlib.import_module(module).add_arguments(subs[name])
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown:
+    asked = next((word for word in words if not word.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        parser.error(unknown("command", asked, COMMANDS))
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
         sub = subs[arguments.command]
         flags = re.findall(r"--[\w-]+", sub.format_usage())
-        hints = (f"{word}{did_you_mean(word.split('=')[0], flags)}" for word in unknown)
+        hints = (f"{word}{did_you_mean(word.split('=')[0], flags)}" for word in rest)
         sub.error(f"unknown arguments: {', '.join(hints)}")
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
     return int(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))

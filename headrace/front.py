@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, cast
 
-from headrace.checks import did_you_mean, show
+from headrace.checks import show, unknown
 from headrace.engine.engine import Engine, as_ids
 from headrace.errors import RequestError
 from headrace.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -107,10 +107,7 @@ class TextFront:
         elif isinstance(prompt, dict) and ("prompt_token_ids" in prompt or isinstance(prompt.get("prompt"), str)):
             for key in prompt:
                 if key not in PROMPT_KEYS:
-                    raise RequestError(
-                        f"a prompt has the entry {show(key)}{did_you_mean(key, PROMPT_KEYS) or ';'} known: "
-                        f"{', '.join(PROMPT_KEYS)}"
-                    )
+                    raise RequestError(unknown("entry of a prompt", key, PROMPT_KEYS))
             if "prompt_token_ids" in prompt:
                 ids, given = prompt["prompt_token_ids"], prompt.get("prompt")
                 if given is not None and not isinstance(given, str):

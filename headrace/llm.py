@@ -13,7 +13,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -226,22 +226,26 @@ class LLM:
         outputs: dict[int, RequestOutput] = {}
         start_tokens = self.engine.stats.output_tokens
         total = sum(map(len, queued.values()))
-        with tqdm(total=total, desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        # Even a bar that shows nothing starts a thread.
+        shown = tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True) if use_tqdm else nullcontext()
+        with shown as bar:
             while self.engine.has_work:
                 let_through()
                 for request in self.engine.step():
                     if not request.finish:
                         continue
-                    bar.update()
                     self.front.close(request)
                     samples, place = queued[request.request_id], places[request.request_id]
                     if all(sample.finish for sample in samples):
                         outputs[place] = self.front.output(samples)
                         if on_output:
                             on_output(place, outputs[place])
-                tokens = self.engine.stats.output_tokens - start_tokens
-                elapsed_s = bar.format_dict["elapsed"] or 1e-9
-                bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
+                    if bar is not None:
+                        bar.update()
+                if bar is not None:
+                    tokens = self.engine.stats.output_tokens - start_tokens
+                    elapsed_s = bar.format_dict["elapsed"] or 1e-9
+                    bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
         let_through()
         return [outputs[place] for place in range(len(queued))]
 
@@ -315,9 +319,9 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     return list(params)
 
 
-def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [priority] * count
+def _as_priorities(priority: Any, count: int) -> list[int]:
+    if not isinstance(priority, Sequence) or isinstance(priority, str):
+        return [cast("int", priority)] * count
     if len(priority) != count:
         raise RequestError(f"{len(priority)} priorities for {count} prompts: give one for all, or one a prompt")
     return list(priority)

@@ -17,7 +17,7 @@ def available_memory_bytes(device: torch.device) -> int:
     than the process's control group (a container) has left."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_machine_bytes(), *group_room_bytes())
+    return min([_machine_bytes(), *group_room_bytes()])
 
 
 def check_memory(what: str, needed_bytes: int, device: torch.device, way_out: str) -> None:
@@ -28,8 +28,11 @@ def check_memory(what: str, needed_bytes: int, device: torch.device, way_out: st
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as GiB or MiB for a message."""
-    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB // 10 else f"{n_bytes / 2**20:.2f} MiB"
+    """Bytes for a message, in the unit that shows them best."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n_bytes >= unit // 10:
+            return f"{n_bytes / unit:,.2f} {name}"
+    return f"{n_bytes} bytes"
 
 
 def _machine_bytes() -> int:

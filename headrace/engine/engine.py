@@ -273,8 +273,7 @@ class Engine:
         if params.n > 1 and params.greedy and not self._said_equal:
             self._said_equal = True
             log.warning(
-                "n is %d and temperature is 0: greedy samples are all equal; give a temperature, or leave out n "
-                "(said once)",
+                "n is %d and temperature is 0: greedy samples are all equal; give a temperature, or leave out n",
                 params.n,
             )
         for request in samples:
@@ -907,7 +906,10 @@ def as_ids(prompt_ids: Sequence[int]) -> list[int]:
 def _check_ids(tokens: Sequence[int], vocab_size: int, what: str) -> None:
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         wrong = next(t for t in tokens if not 0 <= t < vocab_size)
-        raise RequestError(f"{what} has token id {show(wrong)}; the model's vocabulary has {vocab_size} tokens")
+        raise RequestError(
+            f"{what} has token id {show(wrong)}; the model's vocabulary has {vocab_size} tokens: use ids from 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def _decoder_names(config: EngineConfig) -> list[str]:

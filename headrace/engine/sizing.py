@@ -12,6 +12,7 @@ from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
 from headrace.errors import CapacityError, ConfigError
 from headrace.memory import GIB, available_memory_bytes, check_memory
+from headrace.memory import size as size_of
 from headrace.step import MASK_WORDS
 
 log = logging.getLogger("headrace")
@@ -94,7 +95,7 @@ def choose_pages(
         budget = int(config.kv_cache_gib * GIB)
         if budget > free_bytes:
             raise CapacityError(
-                f"kv_cache_gib is {config.kv_cache_gib}; {free_bytes / GIB:.2f} GiB are available on {device}: lower it"
+                f"kv_cache_gib is {config.kv_cache_gib}; {size_of(free_bytes)} are available on {device}: lower it"
             )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -103,8 +104,8 @@ def choose_pages(
         budget = free_bytes // 5
     if state_bytes > max(budget, 0):
         raise CapacityError(
-            f"the fixed states of max_num_seqs = {config.max_num_seqs} requests take {state_bytes / 2**20:.1f} MiB; "
-            f"{max(budget, 0) / 2**20:.1f} MiB are there for the cache: lower max_num_seqs, or raise "
+            f"the fixed states of max_num_seqs = {config.max_num_seqs} requests take {size_of(state_bytes)}; "
+            f"{size_of(max(budget, 0))} are there for the cache: lower max_num_seqs, or raise "
             "gpu_memory_utilization or kv_cache_gib"
         )
     budget -= state_bytes
@@ -118,8 +119,8 @@ def choose_pages(
     pages = bisect.bisect_right(range(useful + 1), budget, key=size) - 1
     if pages < 2:
         raise CapacityError(
-            f"{max(budget, 0) / 2**20:.1f} MiB for the cache hold no page of {size(1) / 2**20:.2f} MiB: "
-            "free memory, or raise gpu_memory_utilization or kv_cache_gib"
+            f"{size_of(max(budget, 0))} for the cache hold no page of {size_of(size(1))} beside the one that "
+            "holds nothing: free memory, or raise gpu_memory_utilization or kv_cache_gib"
         )
     return pages
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from headrace.checks import did_you_mean, show
+from headrace.checks import show
 from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headrace.layers.placement import Placement
 from headrace.models import llama, qwen2, qwen3
@@ -74,8 +74,7 @@ def read_config(directory: Path) -> ModelConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UnsupportedModelError(
-            f"{path}: model_type is {show(model_type)}{did_you_mean(model_type, model_types()) or ';'} known model "
-            f"types: {', '.join(model_types())}"
+            f"{path}: model_type is {show(model_type)}; known model types: {', '.join(model_types())}"
         )
     family = _FAMILIES[model_type]
     named = raw.get("architectures") or list(family.architectures)
