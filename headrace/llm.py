@@ -235,6 +235,8 @@ class LLM:
                     if not request.finish:
                         continue
                     self.front.close(request)
+                    if request.request_id not in places:
+                        continue  # somebody has put it into the engine himself
                     samples, place = queued[request.request_id], places[request.request_id]
                     if all(sample.finish for sample in samples):
                         outputs[place] = self.front.output(samples)

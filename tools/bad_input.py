@@ -126,8 +126,8 @@ class Bench:
 
     @cached_property
     def llm(self) -> LLM:
-        """One for all cases that need no other."""
-        return self.start()
+        """One for all cases that need no other; in float64, where neighbours change no bit that decides."""
+        return self.start(dtype="float64")
 
     def start(self, **options: Any) -> LLM:
         """Another LLM."""
@@ -186,7 +186,8 @@ class Bench:
 
     def files(self) -> list[str]:
         """Everything that lies beside the models."""
-        return sorted(str(p) for p in self.root.rglob("*") if p.name not in ("copy", "cache"))
+        found = (path.relative_to(self.root) for path in self.root.rglob("*"))
+        return sorted(str(path) for path in found if path.parts[0] not in ("copy", "cache"))
 
 
 class Case(NamedTuple):
