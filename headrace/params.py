@@ -165,7 +165,7 @@ class SamplingParams:
             raise RequestError(f"sampling parameters are {show(data)}; they must be an object with names as keys")
         bias = data.get("logit_bias")
         if isinstance(bias, dict):
-            data = {**data, "logit_bias": {_token_of_key(key): value for key, value in bias.items()} or None}
+            data = {**data, "logit_bias": {_token_of_key(key): value for key, value in bias.items()}}
         return cls(**data)
 
 

@@ -136,9 +136,8 @@ def test_readers_of_an_async_llm_do_not_notice(bench: Bench, alone: list[list[in
     async def read(llm: AsyncLLM, number: int) -> list[int]:
         prompt, params = GOOD[number]
         wanted = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **params})
-        async for output in llm.generate({"prompt_token_ids": prompt}, wanted, f"good-{number}"):
-            await asyncio.sleep(0)
-        return output.outputs[0].token_ids
+        outputs = [one async for one in llm.generate({"prompt_token_ids": prompt}, wanted, f"good-{number}")]
+        return outputs[-1].outputs[0].token_ids
 
     async def fail(llm: AsyncLLM, prompt: Any, given: dict[str, Any]) -> str:
         try:

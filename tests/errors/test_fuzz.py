@@ -21,6 +21,7 @@ from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.errors import HeadraceError
 from headrace.models.checkpoint import load_model
+from headrace.models.registry import families
 from headrace.text.tokenizer import Tokenizer
 from tools.bad_input import CONFIG, Bench, with_header
 
@@ -60,12 +61,18 @@ FEW = settings(max_examples=150, deadline=None, suppress_health_check=list(Healt
 MANY = settings(FEW, max_examples=600)
 
 
+def mostly(values: st.SearchStrategy[Any], others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Three times of four the first: `one_of` would count each kind of odd values."""
+    return st.integers(0, 3).flatmap(lambda n: values if n else others)
+
+
 def attempt(events: Counter[str], act: Callable[[], object]) -> bool:
     """Count what happens; anything but an error of ours comes through."""
     try:
         act()
     except HeadraceError as error:
-        assert str(error)
+        if not str(error):
+            raise AssertionError("an error without a word") from error
         events["refused"] += 1
         events[type(error).__name__] += 1
         return False
@@ -73,22 +80,43 @@ def attempt(events: Counter[str], act: Callable[[], object]) -> bool:
     return True
 
 
-def some(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """One to three of the names with odd values."""
-    return st.dictionaries(st.sampled_from(names), ODD, min_size=1, max_size=3)
+INTEGERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**20, 2**30, 2**31, 2**64 - 1, 2**64, 10**400]))
+FLOATS = st.one_of(st.floats(0, 1), st.floats(), st.sampled_from([1e-300, 1e-45, 1e-5, 1e4, 1e300, -float("inf")]))
+IDS = st.lists(st.integers(-1, 264), max_size=4)
+OF_A_TYPE: list[tuple[str, st.SearchStrategy[Any]]] = [
+    ("dict", st.dictionaries(st.integers(0, 264), FLOATS, max_size=3)),
+    ("list[int]", IDS),
+    ("list[str]", st.lists(st.text(max_size=2), max_size=2)),
+    ("bool", st.booleans()),
+    ("int", INTEGERS),
+    ("float", FLOATS),
+    ("str", st.sampled_from(["", "auto", "ngram", "full", "key_norm", "fp8", "quest", "swap", "splitfuse", "x"])),
+]
+
+
+def some(kind: type, *others: str) -> st.SearchStrategy[dict[str, Any]]:
+    """One to three fields of a dataclass, or others, with values of their type or odd ones."""
+    named = {spec.name: str(spec.type) for spec in dataclasses.fields(kind)} | dict.fromkeys(others, "")  # type: ignore[arg-type]
+
+    def one(name: str) -> st.SearchStrategy[tuple[str, Any]]:
+        fitting = [values for word, values in OF_A_TYPE if word in named[name]]
+        return st.tuples(st.just(name), mostly(fitting[0], ODD) if fitting else ODD)
+
+    pair = st.sampled_from(sorted(named)).flatmap(one)
+    return st.lists(pair, min_size=1, max_size=3).map(dict)
 
 
 def test_sampling_parameters(bench: Bench, events: Counter[str]) -> None:
     """What the constructor takes, a request can be served with, or is refused for, or fails alone."""
     events.update({**COUNTS, "served": 0})
-    names = [spec.name for spec in dataclasses.fields(SamplingParams)]
 
     @MANY
-    @given(changes=some([*names, "unknown"]))
+    @given(changes=some(SamplingParams, "unknown"))
     def run(changes: dict[str, Any]) -> None:
         if not attempt(events, lambda: SamplingParams(**changes)):
             return
-        params = SamplingParams(**{"max_tokens": 3, **changes})
+        length = {} if "min_tokens" in changes else {"max_tokens": 3}
+        params = SamplingParams(**{**length, **changes})
         assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == params
         if params.n > 8:
             return
@@ -102,18 +130,17 @@ def test_sampling_parameters(bench: Bench, events: Counter[str]) -> None:
 def test_engine_options(bench: Bench, events: Counter[str]) -> None:
     """What the configuration takes, an engine starts with, or refuses."""
     events.update({**COUNTS, "started": 0})
-    names = [spec.name for spec in dataclasses.fields(EngineConfig)]
     model = load_model(bench.model, device="cpu", dtype="float32")
-    # Drafts and device would load and choose other things than this model.
-    small = {"num_pages": 24, "page_size": 4, "max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 32}
+    small = {"page_size": 4, "max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 32}
 
     @FEW
-    @given(changes=some([*names, "unknown"]))
+    @given(changes=some(EngineConfig, "unknown"))
     def run(changes: dict[str, Any]) -> None:
         if not attempt(events, lambda: EngineConfig(**changes)):
             return
-        config = EngineConfig(**{**small, **changes, "draft_model": None})
-        events["started"] += attempt(events, lambda: Engine(config, model))
+        sized = {} if changes.get("kv_cache_gib") is not None else {"num_pages": 24}
+        given = {**small, **sized, **changes, "draft_model": None}  # a draft model would have to be there
+        events["started"] += attempt(events, lambda: Engine(EngineConfig(**given), model))
 
     run()
 
@@ -133,24 +160,23 @@ def test_config_json(bench: Bench, events: Counter[str]) -> None:
         "max_window_layers",
     ]
     names += ["quantization_config", "unknown", "partial_rotary_factor", "original_max_position_embeddings"]
-    kinds = st.sampled_from(["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"])
-    scaling = st.builds(
-        lambda kind, given, changes: {"rope_type": kind, **given, **changes},
-        kinds,
-        st.just({"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
-        st.dictionaries(st.sampled_from(rope), JSON, max_size=2),
-    )
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    kinds = [{"rope_type": "default"}, {"rope_type": "llama3", "factor": 2.0, **bounds}]
+    kinds += [{"rope_type": kind, "factor": 2.0} for kind in ("linear", "dynamic", "yarn", "proportional")]
+    kinds += [{"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}]
+    changed = st.dictionaries(st.sampled_from(rope), mostly(st.floats(0.5, 64), JSON), max_size=2)
+    scaling = st.builds(lambda kind, changes: {**kind, **changes}, st.sampled_from(kinds), changed)
+
+    values = mostly(st.integers(1, 64), st.one_of(FLOATS, JSON))
 
     @MANY
     @given(
-        changes=st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=2),
-        rotation=st.one_of(st.none(), scaling),
-        family=st.sampled_from(
-            [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
-        ),
+        changes=st.dictionaries(st.sampled_from(names), values, max_size=2),
+        rotation=mostly(st.none(), scaling),
+        family=st.sampled_from(families()),
     )
-    def run(changes: dict[str, Any], rotation: Any, family: tuple[str, str]) -> None:
-        known = {"model_type": family[0], "architectures": [family[1]]}
+    def run(changes: dict[str, Any], rotation: Any, family: tuple[str, tuple[str, ...]]) -> None:
+        known = {"model_type": family[0], "architectures": list(family[1])}
         path = bench.root / "copy"
         path.mkdir(exist_ok=True)
         text = json.dumps({**CONFIG, **known, **({"rope_scaling": rotation} if rotation else {}), **changes})
@@ -276,7 +302,7 @@ def test_record_parameters(bench: Bench, events: Counter[str]) -> None:
     record = bench.record()
 
     @FEW
-    @given(changes=some(list(record["params"])))
+    @given(changes=some(SamplingParams, "unknown"))
     def run(changes: dict[str, Any]) -> None:
         def resume() -> None:
             bench.llm.engine.resume({**record, "params": {**record["params"], **changes}})
@@ -311,11 +337,14 @@ def test_prompts(bench: Bench, events: Counter[str]) -> None:
 def test_conversations(bench: Bench, events: Counter[str]) -> None:
     events.update({**COUNTS, "RequestError": 0})
     message = st.fixed_dictionaries(
-        {"role": st.one_of(st.sampled_from(["user", "system"]), ODD), "content": st.one_of(st.text(max_size=3), ODD)}
+        {
+            "role": st.sampled_from(["user", "system", "wizard", "", None, 5]),
+            "content": mostly(st.text(max_size=3), ODD),
+        }
     )
 
     @FEW
-    @given(messages=st.one_of(ODD, st.lists(st.one_of(message, ODD), max_size=2)))
+    @given(messages=mostly(st.lists(message, min_size=1, max_size=2), ODD))
     def run(messages: Any) -> None:
         attempt(events, lambda: bench.llm.chat(messages, SamplingParams(max_tokens=1)))
         bench.llm.engine.check_idle()
