@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,34 +60,44 @@ def test_a_call_that_is_interrupted_anywhere_leaves_an_idle_engine(bench: Bench,
 
 
 @pytest.fixture(autouse=True)
-def late_signals_are_taken() -> Any:
-    """A signal that comes behind the call it was meant for must not end the tests."""
-
-    def take(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
+def handler_comes_back() -> Iterator[None]:
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def interrupt() -> None:
+    """Ctrl-C, and time for the handler."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+
 def test_an_interrupt_waits_for_the_end_of_a_step_and_a_second_does_not() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts_between_steps() as let_through:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        reached = True
-        let_through()
-        reached = False
-    assert reached
-    with pytest.raises(KeyboardInterrupt), interrupts_between_steps():
-        os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_between_steps():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        reached = True
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        reached = False
-    assert reached
+    reached: list[str] = []
+
+    def asked() -> None:
+        with interrupts_between_steps() as let_through:
+            let_through()
+            interrupt()
+            reached.append("waited")
+            let_through()
+            reached.append("never")
+
+    def at_the_end() -> None:
+        with interrupts_between_steps():
+            interrupt()
+            reached.append("waited")
+
+    def twice() -> None:
+        with interrupts_between_steps():
+            interrupt()
+            reached.append("waited")
+            interrupt()
+            reached.append("never")
+
+    for way in (asked, at_the_end, twice):
+        with pytest.raises(KeyboardInterrupt):
+            way()
+    assert reached == ["waited"] * 3
 
 
 def test_other_threads_and_ignored_signals_are_left_alone() -> None:
