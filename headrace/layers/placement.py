@@ -17,6 +17,10 @@ class Placement(NamedTuple):
     device: torch.device
     dtype: torch.dtype
 
+    def widened(self) -> Placement:
+        """The same place for numbers that need float32 at least."""
+        return self._replace(dtype=torch.promote_types(self.dtype, torch.float32))
+
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter without gradient."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype), requires_grad=False)
