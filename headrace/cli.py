@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C; 141 if the reader of the output went away, as for any program that the signal of a broken pipe ends.
     """
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        try:
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as left:  # --help, --version, and what the parser refuses
+            status = left.code if isinstance(left.code, int) else 2
         try:
             sys.stdout.flush()
         except BrokenPipeError:

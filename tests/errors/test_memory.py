@@ -78,7 +78,7 @@ def test_a_model_is_refused_before_anything_is_allocated(bench: Bench) -> None:
     with pytest.raises(CapacityError, match=r"the model in float32 takes [\d.]+ GiB; 8.00 GiB are available"):
         load_model(path, device="cpu", load_format="random")
     with mock.patch("headrace.memory._machine_bytes", return_value=10**4):
-        for dtype, needed in (("float64", "0.10 MiB"), ("bfloat16", "27")):
+        for dtype, needed in (("float64", "100.62 KiB"), ("bfloat16", "26.16 KiB")):
             with pytest.raises(CapacityError, match=f"the model in {dtype} takes {needed}"):
                 load_model(bench.model, device="cpu", dtype=dtype)
 

@@ -44,6 +44,8 @@ def damaged(value: float) -> CausalLM:
     model = copy.deepcopy(tiny_model())
     with torch.no_grad():
         model.embed_VE[BAD] = value
+        model.head_VE.mul_(20.0)
+        model.head_VE[BAD] = 0.0  # far below the best: nobody draws it
     return model
 
 
@@ -74,6 +76,7 @@ def test_only_the_request_fails(options: dict[str, Any], value: float, drafter: 
     without = engine()
     expected = [add(without, i, prompt, f"good-{i}")[0] for i, prompt in enumerate(GOOD)]
     run_all(without)
+    assert all(request.finish is Finish.LENGTH for request in expected)
     beside = engine()
     # Alone, as two samples, and behind a prefix that a good prompt shares.
     bad = add(beside, 0, [5, 6, BAD, 7, 8, 9, 10, 11], "bad-0", n=2) + add(beside, 1, [BAD], "bad-1")
@@ -97,13 +100,9 @@ def test_only_the_request_fails(options: dict[str, Any], value: float, drafter: 
 def test_a_request_that_meets_it_later_keeps_its_tokens() -> None:
     """The bad token is drawn, not given: what came before stands."""
     engine = make_engine(model=damaged(float("nan")))
-    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    (free,) = engine.add([5, 6, 7], params, request_id="free")
-    run_all(engine)
-    forced = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logit_bias={BAD: 1e4}, min_tokens=0)
+    forced = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logit_bias={BAD: 1e4})
     (request,) = engine.add([5, 6, 7], forced, request_id="forced")
     run_all(engine)
-    assert free.finish is Finish.LENGTH
     assert (request.finish, request.output_ids) == (Finish.ERROR, [BAD])
     assert "the logits of token 4 hold NaN" in str(request.error)
     engine.check_idle()
