@@ -82,6 +82,11 @@ class LLM:
             )
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
         self.engine = Engine(self.config, network, eos_ids=eos_ids)
+        if self.config.draft_model and not any(decoder.models for decoder in self.engine.decoders.values()):
+            raise ConfigError(
+                f"draft_model is {self.config.draft_model!r}, but decoder={self.config.decoder!r} runs no model of its "
+                "own: leave it out, or load a decoder that drafts with a model"
+            )
         self.front = TextFront(self.engine, self.tokenizer)
         self._ids = itertools.count()
         self._busy = threading.Lock()

@@ -649,7 +649,7 @@ CHAT = [
 RECORDS = [
     Case("a record that is no object", RequestError, lambda b: b.llm.engine.resume(cast("Any", "half-way"))),
     _record("a record of another version", version=1),
-    _record("a record of another model", model="qwen3 with 28 layers"),
+    _record("a record of another model", model_law="qwen3 with 28 layers"),
     _record("a record of another cache", cache_law="codec='fp8', selector='all'"),
     _record("a record without tokens", tokens=...),
     _record("tokens that are no token ids", tokens=[5, 6, "7"]),

@@ -124,11 +124,6 @@ class Engine:
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
         self.evictors = load_evictors(config, model.layer_states())
         own_models = [own for decoder in self.decoders.values() for own in decoder.models]
-        if config.draft_model is not None and not own_models:
-            raise ConfigError(
-                f"draft_model is {config.draft_model!r}, but decoder={config.decoder!r} runs no model of its own: "
-                "leave it out, or load a decoder that drafts with a model"
-            )
         self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
         self.selector = load_selector(config, model.layer_states())
         check_cache_parts(config, self.codec, self.selector, self.evictors)
@@ -297,9 +292,9 @@ class Engine:
         Raises RequestError for a record that is damaged, of another release, model or cache, or finished.
         """
         params = check_record(record)
-        if record["model"] != self.model_law:
+        if record["model_law"] != self.model_law:
             raise RequestError(
-                f"the record was taken with {show(record['model'])}, and this engine runs {self.model_law}: resume it "
+                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume it "
                 "with the same model"
             )
         if any(r.sample == record["sample"] for r in self._by_id.get(record["request_id"], ())):
