@@ -294,8 +294,8 @@ class Engine:
         params = check_record(record)
         if record["model_law"] != self.model_law:
             raise RequestError(
-                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume it "
-                "with the same model"
+                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume "
+                "it with the same model"
             )
         if any(r.sample == record["sample"] for r in self._by_id.get(record["request_id"], ())):
             raise RequestError(
