@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 from headrace.config import EngineConfig
+from headrace.engine.adapters import LoadedAdapter
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError, TokenizerError
 from headrace.front import Encoded, Prompt, TextFront, TextHook
+from headrace.layers.adapters import AdapterBank
 from headrace.models.checkpoint import load_model, resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import RequestOutput, ScoreOutput
@@ -60,6 +63,7 @@ class LLM:
         if not self.config.skip_tokenizer_init:
             tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
             self.tokenizer = Tokenizer.from_dir(tokenizer_path)
+        places = self.config.adapter_places
         network = load_model(
             str(path),
             device=device,
@@ -67,6 +71,7 @@ class LLM:
             load_format=self.config.load_format,
             max_model_len=self.config.max_model_len,
             seed=self.config.seed,
+            adapters=AdapterBank(places, self.config.max_adapter_rank) if places else None,
         )
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
         self.engine = Engine(self.config, network, eos_ids=eos_ids)
@@ -130,12 +135,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        adapter: str | None = None,
         use_tqdm: bool = False,
     ) -> list[ScoreOutput]:
         """Teacher-forced log-probabilities in nats.
 
         Without continuations every prompt token after the first is scored and counted in `total`. With them
-        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs.
+        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs. `adapter`:
+        the loaded adapter under which all are scored.
         """
         batch = _as_batch(prompts)
         heads = [self.front.encode(prompt)[0] for prompt in batch]
@@ -144,13 +151,39 @@ class LLM:
             tails = [self.front.encode(tail, special=False)[0] for tail in _as_batch(continuations)]
             if len(tails) != len(heads):
                 raise RequestError(f"{len(tails)} continuations for {len(heads)} prompts: give one a prompt")
-        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False, adapter=adapter)
         encoded: list[Encoded] = [(h + t, None) for h, t in zip(heads, tails, strict=True)]
         outputs = self._run(encoded, [params] * len(encoded), use_tqdm, [0] * len(encoded), None)
         return [
             _as_score(output, len(head) if continuations is not None else 1)
             for output, head in zip(outputs, heads, strict=True)
         ]
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name: what `SamplingParams(adapter=...)` may ask for."""
+        return self.engine.adapters.loaded
+
+    def load_adapter(self, name: str, path_or_id: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA, arXiv 2106.09685) that PEFT saved, from a directory or the hub.
+
+        There is room for `max_adapters` of rank `max_adapter_rank` at most. Raises AdapterError for a name that is
+        taken, for lack of room and for a larger rank, CheckpointError for broken files and other shapes than the
+        model's, UnsupportedModelError for what is not implemented.
+        """
+        self._check_own()
+        self.engine.load_adapter(name, path_or_id)
+
+    def unload_adapter(self, name: str) -> None:
+        """Give its room back. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self._check_own()
+        self.engine.unload_adapter(name)
+
+    def _check_own(self) -> None:
+        if self.front.live:
+            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
 
     def _run(
         self,
@@ -160,8 +193,7 @@ class LLM:
         priorities: Sequence[int],
         deadline_s: float | None,
     ) -> list[RequestOutput]:
-        if self.front.live:
-            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
+        self._check_own()
         queued: list[list[Request]] = []
         try:
             for number, (prompt, one, priority) in enumerate(zip(encoded, params, priorities, strict=True)):

@@ -14,7 +14,7 @@ from typing import Any
 from headrace.errors import HeadraceError, InvariantError, RequestError
 from headrace.params import SamplingParams
 
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 NEVER = 2**30
 """A token index that is never reached."""
 
@@ -128,6 +128,10 @@ class Request:
     """The first sample of the prompt, whose cache of the prompt this one shares."""
     decoder: str = ""
     """Which of the engine's decoders runs it."""
+    adapter: int = 0
+    """Place of its adapter; 0: none."""
+    adapter_digest: str | None = None
+    """What that adapter holds."""
     drafted: int = 0
     """Drafts that the decoder holds for the next step."""
     salt: bytes = b""
@@ -206,6 +210,7 @@ class Request:
             "preemptions": self.preemptions,
             "cache_law": self.cache_law,
             "eviction": [self.evictor, self.cache_budget, self.exact_len],
+            "adapter": self.adapter_digest,
             "priority": self.priority,
             "deadline_left_s": left_s,
         }

@@ -11,9 +11,10 @@ from __future__ import annotations
 import bisect
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
@@ -23,6 +24,7 @@ from headrace.codecs.base import Codec, load_codecs
 from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
+from headrace.engine.adapters import Adapters, LoadedAdapter
 from headrace.engine.graphs import StepGraphs
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
@@ -32,6 +34,7 @@ from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
 from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
+from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
@@ -113,6 +116,7 @@ class Engine:
         self.model = model
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = model.config.vocab_size
+        self.adapters = Adapters(config, model.adapters)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
@@ -260,6 +264,9 @@ class Engine:
     def resume(self, record: dict[str, Any]) -> Request:
         """Queue a request from its portable record; it continues with the tokens it would have had."""
         params = SamplingParams.from_dict(record["params"])
+        if record.get("adapter") is not None:
+            params = replace(params, adapter=self.adapters.name_of(record["adapter"], params.adapter))
+            record = {**record, "params": params.to_dict()}
         evictor, budget, exact_len = record["eviction"]
         if record["cache_law"] != self.cache_law:
             raise RequestError(
@@ -282,6 +289,20 @@ class Engine:
         request.deadline_at_s = None if left_s is None else request.arrival_s + left_s
         self._enqueue(request)
         return request
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> LoadedAdapter:
+        """Load an adapter beside running requests: a directory, a hub id, or what `read_adapter` gave.
+
+        Raises AdapterError, CheckpointError or UnsupportedModelError, with nothing changed.
+        """
+        loaded = self.adapters.load(name, adapter)
+        self._version += 1
+        return loaded
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self.adapters.unload(name, (request for samples in self._by_id.values() for request in samples))
+        self._version += 1
 
     def export(self, request: Request) -> dict[str, Any]:
         """The portable record of a request as it stands now; the request itself goes on."""
@@ -728,6 +749,8 @@ class Engine:
                 )
             if not request.n_done <= request.n_tok <= request.limit or request.n_done > request.trigger:
                 raise InvariantError(f"request {request.request_id}: clocks out of order")
+            if int(self.table.adapter[i]) != request.adapter:
+                raise InvariantError(f"request {request.request_id}: its adapter differs from the device's")
             if int(self.table.trigger[i]) != request.trigger:
                 raise InvariantError(f"request {request.request_id}: its trigger differs from the device's")
             if request.n_done == request.trigger and not self.upkeep.waits(request):
@@ -791,14 +814,20 @@ class Engine:
         exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
         if self.selector.selects:  # later rows pass over parts of the cache
             exact_len = min(exact_len, prompt_len)
+        adapter = self.adapters.of(params.adapter)
+        # Requests with another decoder may lack the cache of this decoder's own models; with another adapter, all.
+        salt = decoder.encode() if self.decoders[decoder].models else b""
+        if adapter is not None:
+            salt += b"\0" + adapter.digest.encode()
         return {
             "evictor": name,
             "cache_law": self.cache_law,
             "cache_budget": budget,
             "exact_len": exact_len,
             "decoder": decoder,
-            # Requests with another decoder may lack the cache of this decoder's own models.
-            "salt": decoder.encode() if self.decoders[decoder].models else b"",
+            "adapter": adapter.slot if adapter else 0,
+            "adapter_digest": adapter.digest if adapter else None,
+            "salt": salt,
             "stream": stream_key(seed, sample),
             "stop_ids": tuple(stops),
             "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),

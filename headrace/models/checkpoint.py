@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError
+from headrace.layers.adapters import AdapterBank
 from headrace.layers.placement import Placement
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
@@ -54,6 +55,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    adapters: AdapterBank | None = None,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -67,6 +69,7 @@ def load_model(
             also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
         seed: seed of random weights.
         revision: revision of a hub id.
+        adapters: the model's linear maps get room for adapters in this bank, which must be new.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -85,8 +88,9 @@ def load_model(
         outline = Placement(torch.device("meta"), torch.float32)
         expected = build_model(config, max_model_len=max_model_len, place=outline).tensors()
         _check(directory, config, expected, entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters)
     model = build_model(config, max_model_len=max_model_len, place=place)
+    model.adapters = adapters
     if load_format == "auto":
         _stream(model.tensors(), entries)
     else:
