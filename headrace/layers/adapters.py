@@ -29,7 +29,8 @@ class AdapterRoom:
     ) -> None:
         self.bank, self.inputs, self.outputs = bank, inputs, tuple(outputs)
         self.names: tuple[str, ...] = ()
-        """Names of the projections' modules in the checkpoint; empty: nobody has named them."""
+        """Names of the projections' modules in the checkpoint, or the one of all stored as one; empty: nobody has named
+        them."""
         borders = tuple(accumulate(outputs, initial=0))
         places, rank = 1 + bank.max_adapters, bank.max_rank
         self.factors = Factors(
@@ -55,12 +56,26 @@ class AdapterRoom:
         """Bytes of the factors."""
         return sum(x.numel() * x.element_size() for x in (self.factors.a_SEK, self.factors.b_SQN))
 
-    def write(self, slot: int, part: int, a_QE: Tensor, b_NQ: Tensor) -> None:
-        """Put the factors of one projection, the second one scaled, into a place. Ranks beyond theirs stay zeros."""
-        rank, first = a_QE.shape[0], part * self.bank.max_rank
-        low, high = self.factors.borders[part : part + 2]
-        self.factors.a_SEK[slot, :, first : first + rank].copy_(a_QE.t())
-        self.factors.b_SQN[slot, :rank, low:high].copy_(b_NQ.t())
+    def parts(self, name: str) -> range:
+        """The projections that a name stands for."""
+        if len(self.names) == 1:
+            return range(len(self.outputs))
+        return range(self.names.index(name), self.names.index(name) + 1)
+
+    def width(self, name: str) -> int:
+        """Outputs of the projections that a name stands for."""
+        return sum(self.outputs[part] for part in self.parts(name))
+
+    def write(self, slot: int, name: str, a_QE: Tensor, b_NQ: Tensor) -> None:
+        """Put the factors of a name, the second one scaled, into a place. Ranks beyond theirs stay zeros.
+
+        Projections stored as one have the first factor in common, and each gets it.
+        """
+        rank, parts, borders = a_QE.shape[0], self.parts(name), self.factors.borders
+        for part in parts:
+            first = part * self.bank.max_rank
+            self.factors.a_SEK[slot, :, first : first + rank].copy_(a_QE.t())
+        self.factors.b_SQN[slot, :rank, borders[parts.start] : borders[parts.stop]].copy_(b_NQ.t())
         self._changed.add(slot)
 
     def clear(self, slot: int) -> None:

@@ -62,14 +62,18 @@ class Linear(nn.Module):
         self.room.adapt_(y, x)
         return y
 
-    def tensors(self, *names: str) -> dict[str, list[Tensor]]:
-        """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`."""
+    def tensors(self, *names: str, transposed: bool = False) -> dict[str, list[Tensor]]:
+        """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`.
+
+        One name stands for all of them stored as one. `transposed`: the checkpoint's weights are [inputs, outputs].
+        """
         if self.room is not None:
             self.room.names = names
         found: dict[str, list[Tensor]] = {}
         start = 0
-        for name, width in zip(names, self.outputs, strict=True):
-            found[f"{name}.weight"] = [self.weight[start : start + width]]
+        for name, width in zip(names, self.outputs if len(names) > 1 else [sum(self.outputs)], strict=True):
+            weight = self.weight[start : start + width]
+            found[f"{name}.weight"] = [weight.t() if transposed else weight]
             if self.bias is not None:
                 found[f"{name}.bias"] = [self.bias[start : start + width]]
             start += width

@@ -21,6 +21,10 @@ class Placement(NamedTuple):
     adapters: AdapterBank | None = None
     """Where linear maps get room for adapters; None: they have none."""
 
+    def widened(self) -> Placement:
+        """The same place for numbers that need float32 at least."""
+        return self._replace(dtype=torch.promote_types(self.dtype, torch.float32))
+
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter without gradient."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype), requires_grad=False)

@@ -32,7 +32,7 @@ TELLS_NOTHING = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_config",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "qalora_group_size", "ensure_weight_tying",
+    "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out",
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias",
@@ -42,7 +42,6 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the model's own weights alone."""
 REASONS = {
     "use_dora": "it also scales the directions of the weight (DoRA)",
-    "fan_in_fan_out": "its weights are stored the other way round",
     "lora_bias": "its second factor has a bias",
     "trainable_token_indices": "it trains rows of the embedding",
     "layer_replication": "it repeats layers",
@@ -234,12 +233,9 @@ def check_fit(adapter: Adapter, bank: AdapterBank) -> None:
         )
     wrong = []
     for module, (a_QE, b_NQ, _) in adapter.pairs.items():
-        room, part = places[module]
-        if (a_QE.shape[1], b_NQ.shape[0]) != (room.inputs, room.outputs[part]):
-            wrong.append(
-                f"{module} from {a_QE.shape[1]} to {b_NQ.shape[0]}, in the model from {room.inputs} to "
-                f"{room.outputs[part]}"
-            )
+        inputs, outputs = places[module].inputs, places[module].width(module)
+        if (a_QE.shape[1], b_NQ.shape[0]) != (inputs, outputs):
+            wrong.append(f"{module} from {a_QE.shape[1]} to {b_NQ.shape[0]}, in the model from {inputs} to {outputs}")
     if wrong:
         raise CheckpointError(
             f"the adapter {adapter.source} was trained for a model of another shape: {_listed(wrong)}: take one that "
@@ -255,7 +251,7 @@ def write_adapter(adapter: Adapter, bank: AdapterBank, slot: int) -> None:
     """Write an adapter that fits into a place. Raises CheckpointError, the place cleared, if a value overflows."""
     places = _places(bank)
     for module, (a_QE, b_NQ, scale) in adapter.pairs.items():
-        room, part = places[module]
+        room = places[module]
         kind = room.factors.a_SEK.dtype
         wide = torch.promote_types(kind, torch.float32)
         a_QE, b_NQ = a_QE.to(kind), (b_NQ.to(wide) * scale).to(kind)
@@ -265,12 +261,12 @@ def write_adapter(adapter: Adapter, bank: AdapterBank, slot: int) -> None:
                 f"the factors of {module} in {adapter.source} do not fit into {str(kind).removeprefix('torch.')}: use "
                 "dtype='bfloat16' or 'float32'"
             )
-        room.write(slot, part, a_QE, b_NQ)
+        room.write(slot, module, a_QE, b_NQ)
 
 
-def _places(bank: AdapterBank) -> dict[str, tuple[AdapterRoom, int]]:
+def _places(bank: AdapterBank) -> dict[str, AdapterRoom]:
     """Where the change of each module goes."""
-    return {name: (room, part) for room in bank.rooms for part, name in enumerate(room.names)}
+    return {name: room for room in bank.rooms for name in room.names}
 
 
 def _listed(items: Iterable[str]) -> str:

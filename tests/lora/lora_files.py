@@ -18,17 +18,21 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def modules_of(
-    tensors: Mapping[str, Tensor], targets: Sequence[str] = ALL, layers: Sequence[int] | None = None
+    tensors: Mapping[str, Tensor],
+    targets: Sequence[str] = ALL,
+    layers: Sequence[int] | None = None,
+    transposed: bool = False,
 ) -> Shapes:
-    """The linear maps of a checkpoint whose names end in one of the targets."""
+    """The linear maps of a checkpoint whose names end in one of the targets. `transposed`: as [inputs, outputs]."""
     found = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or module.rpartition(".")[2] not in targets:
+        if module == name or module.rpartition(".")[2] not in targets or tensor.dim() != 2:
             continue
         if layers is not None and int(module.split(".layers.")[1].split(".")[0]) not in layers:
             continue
-        found[module] = (tensor.shape[0], tensor.shape[1])
+        first, second = tensor.shape
+        found[module] = (second, first) if transposed else (first, second)
     return found
 
 

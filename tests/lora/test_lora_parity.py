@@ -45,22 +45,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(family: str) -> tuple[Any, Path]:
         if family not in made:
             directory = tmp_path_factory.mktemp(family)
-            made[family] = reference(family, directory), directory
+            options = {"num_key_value_heads": 5} if family == "gpt2" else {}
+            made[family] = reference(family, directory, **options), directory
         return made[family]
 
     return get
 
 
-def merged(model: Any, factors: Any, scales: dict[str, float]) -> Any:
+def merged(model: Any, factors: Any, scales: dict[str, float], is_transposed: bool) -> Any:
     changed = copy.deepcopy(model)
     weights = dict(changed.named_parameters())
     with torch.no_grad():
         for module, (a, b) in factors.items():
-            weights[f"{module}.weight"] += scales[module] * (b @ a)
+            change = scales[module] * (b @ a)
+            weights[f"{module}.weight"] += change.t() if is_transposed else change
     return changed
 
 
-RUNS = [("llama", case) for case in CASES] + [("qwen2", "all"), ("qwen3", "all"), ("qwen3", "ranks")]
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
+TARGETS = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "deepseek_v3": (*LATENT, *ALL[3:]),
+    "mixtral": ALL[:4],
+}
+"""Of families where a target has another name, or room is lacking for some."""
+FAMILIES = ["qwen2", "qwen3", "phi3", "gpt2", "gemma2", "granite", "deepseek_v3", "mixtral"]
+RUNS = [("llama", case) for case in CASES] + [(family, "all") for family in FAMILIES] + [("qwen3", "ranks")]
 
 
 @pytest.mark.parametrize(("family", "case"), RUNS)
@@ -69,7 +80,10 @@ def test_tokens_and_log_probs_are_those_of_the_merged_model(
 ) -> None:
     model, directory = models(family)
     options = dict(CASES[case])
-    shapes = modules_of(dict(model.named_parameters()), options.pop("targets", ALL), options.pop("layers", None))
+    targets = options.pop("targets", TARGETS.get(family, ALL))
+    is_transposed = family == "gpt2"
+    shapes = modules_of(dict(model.named_parameters()), targets, options.pop("layers", None), is_transposed)
+    assert {module.rpartition(".")[2] for module in shapes} == set(targets)
     factors = write_adapter(tmp_path / "a", shapes, **options)
     alphas = {module: options.get("alpha", 8) for module in shapes}
     for pattern in options.get("alpha_pattern", {}):
@@ -79,7 +93,7 @@ def test_tokens_and_log_probs_are_those_of_the_merged_model(
         module: alphas[module] / (a.shape[0] ** 0.5 if options.get("use_rslora") else a.shape[0])
         for module, (a, _) in factors.items()
     }
-    changed = merged(model, factors, scales)
+    changed = merged(model, factors, scales, is_transposed)
     network = load_model(directory, device="cpu", adapters=AdapterBank(2, 8))
     config = EngineConfig(
         num_pages=64, max_num_seqs=4, max_num_batched_tokens=16, max_adapters=2, check_invariants=True
