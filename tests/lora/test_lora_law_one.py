@@ -146,7 +146,7 @@ def test_tokens_are_those_of_the_merged_model_alone(ahead: bool, drafter: str, e
     ]  # fmt: skip
     events.update(dict.fromkeys([*counted, "planned ahead", "recorded"] if ahead else counted, 0))
 
-    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(45), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         arrivals=st.lists(arrival_strategy(), min_size=2, max_size=8),
         changes=st.lists(
