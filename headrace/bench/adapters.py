@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=64, help="number of requests (default: 64)")
     parser.add_argument("--low", type=int, default=16, help="shortest prompt and output in tokens (default: 16)")
     parser.add_argument("--high", type=int, default=128, help="longest prompt and output in tokens (default: 128)")
+    parser.add_argument("--threads", type=int, help="of torch; 1 on a machine that others use too")
     parser.add_argument("--budget", type=int, default=512, help="rows of a step (default: 512)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--markdown", type=Path, help="also write the report to this file")
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     plain = LLM(arguments.model, **common)
     roomy = LLM(arguments.model, max_adapters=ADAPTERS, max_adapter_rank=arguments.rank, **common)
+    if arguments.threads is not None:  # behind the first kernels, whose threads overwrite the setting
+        torch.set_num_threads(arguments.threads)
     for number in range(ADAPTERS):
         roomy.engine.load_adapter(str(number), random_adapter(roomy, arguments.rank, number))
     works = uniform(arguments.requests, arguments.low, arguments.high, plain.engine.vocab_size)
@@ -88,7 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.low}..{arguments.high}, {tokens} output tokens, greedy, model {Path(arguments.model).name}, "
         f"{str(roomy.engine.dtype).removeprefix('torch.')}, rank {arguments.rank} on every linear map; {ADAPTERS} "
         f"adapters take {bank.nbytes / 2**20:.1f} MiB. Times are relative to an engine without room for adapters in "
-        f"the same round, {arguments.repeats} rounds; that engine took {statistics.median(base):.2f} s.\n\n{table(rows)}"
+        f"the same round, {arguments.repeats} rounds; that engine took {statistics.median(base):.2f} s.\n\n"
+        f"{table(rows)}"
     )
     print(text)
     if arguments.markdown:
