@@ -66,8 +66,8 @@ def check(events: Counter[str], form: str, dtype: torch.dtype, data: st.DataObje
     events["several blocks of outputs"] += max(outputs) > 256
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("form", list(FORMS))
+# In float64 each row is on its own, however many there are.
+@pytest.mark.parametrize(("form", "dtype"), [(f, d) for f in FORMS for d in TYPES if (f, d) != ("tiles", TYPES[3])])
 def test_forms(form: str, dtype: torch.dtype, events: Counter[str], device: torch.device) -> None:
     check(events, form, dtype)
 
