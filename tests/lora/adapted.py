@@ -50,12 +50,12 @@ def contents() -> dict[str, Adapter]:
     return {kind: read_adapter(directory) for kind, directory in directories().items()}
 
 
-def _copy(places: int) -> CausalLM:
+def _copy(places: int, dtype: str = "float64") -> CausalLM:
     """The tiny model again."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(CONFIG))
         bank = AdapterBank(places, RANK) if places else None
-        model = load_model(directory, device=DEVICE, dtype="float64", load_format="random", adapters=bank)
+        model = load_model(directory, device=DEVICE, dtype=dtype, load_format="random", adapters=bank)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), tiny_model().parameters(), strict=True):
             mine.copy_(theirs)
@@ -75,9 +75,11 @@ def merged(kind: str | None) -> CausalLM:
     return model
 
 
-def adapted_engine(places: int = 3, names: dict[str, str] | None = None, **options: Any) -> Engine:
+def adapted_engine(
+    places: int = 3, names: dict[str, str] | None = None, dtype: str = "float64", **options: Any
+) -> Engine:
     """An engine with room for `places` adapters of rank 8; `names`: the kind of each that is loaded."""
-    engine = make_engine(model=_copy(places), **options)
+    engine = make_engine(model=_copy(places, dtype), **options)
     for name, kind in (names or {}).items():
         engine.load_adapter(name, contents()[kind])
     return engine

@@ -288,3 +288,19 @@ def test_as_many_scored_prompt_tokens_as_rows() -> None:
     mine = [p and next(iter(p.values())).logprob for p in request.prompt_logprobs]
     theirs = [p and next(iter(p.values())).logprob for p in other.prompt_logprobs]
     assert mine[1:] == pytest.approx(theirs[1:], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_types_lose_no_more_than_without_adapters(dtype: str) -> None:
+    """Log-probs of a prompt against those in float64, under an adapter and without one."""
+    loss = {}
+    for kind in (None, "all"):
+        scored = []
+        for engine in (adapted_engine(1, {"x": "all"}, dtype), make_engine(model=merged(kind))):
+            name = "x" if kind and engine.adapters.loaded else None
+            params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0, adapter=name)
+            (request,) = engine.add(SHARED[0], params, request_id="r")
+            run_all(engine)
+            scored.append([p[t].logprob for p, t in zip(request.prompt_logprobs[1:], SHARED[0][1:], strict=True) if p])
+        loss[kind] = sum(abs(a - b) for a, b in zip(*scored, strict=True)) / len(scored[0])
+    assert 0.0 < loss["all"] < 3.0 * loss[None] < {"float32": 1e-4, "bfloat16": 1.0}[dtype]
