@@ -7,6 +7,7 @@ choices stand here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,15 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
     )
+    adapters: str | Mapping[str, str] | None = option(
+        None,
+        "adapters (LoRA, saved by PEFT) that requests may name: name=directory or name=hub id, separated by commas; in "
+        "Python also a mapping",
+    )
+    max_adapters: int | None = option(
+        None, "adapters that are loaded at once at most, for which memory is taken; if not given, as many as are named"
+    )
+    max_adapter_rank: int = option(16, "largest rank of an adapter; memory and time grow with it")
     scheduler: str = option("splitfuse", "step composer, a name from docs/systems.md")
     decoder: str = option(
         "autoregressive",
@@ -101,12 +111,17 @@ class EngineConfig:
             ("num_pages", 2, MOST),
             ("cache_budget", 1, MOST),
             ("selector_budget", 1, MOST),
+            ("max_adapter_rank", 1, MOST),
+            ("max_adapters", 0, MOST),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 automatic = ", or None to choose it automatically" if _default_of(type(self), name) is None else ""
                 bound = f"at least {low}" if value < low else f"at most {high}"
                 raise ConfigError(f"{name} is {show(value)}; it must be {bound}{automatic}")
+        named = len(self.adapter_sources)
+        if self.max_adapters is not None and named > self.max_adapters:
+            raise ConfigError(f"adapters names {named}, and max_adapters is {self.max_adapters}: raise it")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < float("inf"):
@@ -134,6 +149,36 @@ class EngineConfig:
                 )
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"seed is {show(self.seed)}; it must fit into 64 bits")
+
+    @property
+    def adapter_sources(self) -> dict[str, str]:
+        """Directory or hub id of each adapter to load at the start, by name. Raises ConfigError."""
+        if isinstance(self.adapters, Mapping):
+            pairs = [(name, str(source)) for name, source in self.adapters.items()]
+        else:
+            pairs = [(name.strip(), source.strip()) for name, _, source in _split(self.adapters or "")]
+        for name, source in pairs:
+            check_adapter_name(name)
+            if not source:
+                raise ConfigError(f"adapters has no directory for {name!r}: write name=directory, separated by commas")
+        if len(dict(pairs)) < len(pairs):
+            raise ConfigError(f"adapters names one twice: {', '.join(name for name, _ in pairs)}; give each its own")
+        return dict(pairs)
+
+    @property
+    def adapter_places(self) -> int:
+        """Adapters for which there is memory."""
+        return len(self.adapter_sources) if self.max_adapters is None else self.max_adapters
+
+
+def check_adapter_name(name: Any) -> None:
+    """Raise ConfigError for what cannot be the name of an adapter."""
+    if not isinstance(name, str) or not name.strip() or any(sign in name for sign in ",="):
+        raise ConfigError(f"an adapter is named {name!r}; a name is text without commas and equal signs")
+
+
+def _split(text: str) -> list[tuple[str, str, str]]:
+    return [part.partition("=") for part in text.split(",") if part.strip()]
 
 
 def _default_of(kind: type, name: str) -> Any:

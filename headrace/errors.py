@@ -19,6 +19,10 @@ class CheckpointError(HeadraceError):
     """The checkpoint's files are missing, damaged, or contradict its configuration."""
 
 
+class AdapterError(HeadraceError, ValueError):
+    """An adapter that cannot be loaded or unloaded as things stand: its name, its rank, its place, or who uses it."""
+
+
 class TokenizerError(HeadraceError):
     """The tokenizer's files are missing or cannot do what was asked of them."""
 

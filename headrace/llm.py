@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +24,11 @@ from tqdm import tqdm
 
 from headrace.checks import show, whole_number
 from headrace.config import EngineConfig
+from headrace.engine.adapters import LoadedAdapter
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError, TokenizerError
 from headrace.front import Encoded, Prompt, TextFront, TextHook
+from headrace.layers.adapters import AdapterBank
 from headrace.models.checkpoint import load_model, resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import RequestOutput, ScoreOutput
@@ -66,6 +69,7 @@ class LLM:
         if not self.config.skip_tokenizer_init:
             tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
             self.tokenizer = Tokenizer.from_dir(tokenizer_path)
+        places = self.config.adapter_places
         network = load_model(
             str(path),
             device=device,
@@ -73,6 +77,7 @@ class LLM:
             load_format=self.config.load_format,
             max_model_len=self.config.max_model_len,
             seed=self.config.seed,
+            adapters=AdapterBank(places, self.config.max_adapter_rank) if places else None,
         )
         if self.tokenizer and self.tokenizer.vocab_size > network.config.vocab_size:
             log.warning(
@@ -158,12 +163,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        adapter: str | None = None,
         use_tqdm: bool = False,
     ) -> list[ScoreOutput]:
         """Teacher-forced log-probabilities in nats.
 
         Without continuations every prompt token after the first is scored and counted in `total`. With them
-        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs.
+        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs. `adapter`:
+        the loaded adapter under which all are scored.
         """
         batch = _as_batch(prompts)
         heads = [self.front.encode(prompt)[0] for prompt in batch]
@@ -172,13 +179,39 @@ class LLM:
             tails = [self.front.encode(tail, special=False)[0] for tail in _as_batch(continuations)]
             if len(tails) != len(heads):
                 raise RequestError(f"{len(tails)} continuations for {len(heads)} prompts: give one a prompt")
-        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False, adapter=adapter)
         encoded: list[Encoded] = [(h + t, None) for h, t in zip(heads, tails, strict=True)]
         outputs = self._run(encoded, [params] * len(encoded), use_tqdm, [0] * len(encoded), None, None, None)
         return [
             _as_score(output, len(head) if continuations is not None else 1)
             for output, head in zip(outputs, heads, strict=True)
         ]
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name: what `SamplingParams(adapter=...)` may ask for."""
+        return self.engine.adapters.loaded
+
+    def load_adapter(self, name: str, path_or_id: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA, arXiv 2106.09685) that PEFT saved, from a directory or the hub.
+
+        There is room for `max_adapters` of rank `max_adapter_rank` at most. Raises AdapterError for a name that is
+        taken, for lack of room and for a larger rank, CheckpointError for broken files and other shapes than the
+        model's, UnsupportedModelError for what is not implemented.
+        """
+        self._check_own()
+        self.engine.load_adapter(name, path_or_id)
+
+    def unload_adapter(self, name: str) -> None:
+        """Give its room back. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self._check_own()
+        self.engine.unload_adapter(name)
+
+    def _check_own(self) -> None:
+        if self.front.live:
+            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
 
     def _run(
         self,
@@ -190,8 +223,7 @@ class LLM:
         on_text: TextHook | None,
         on_output: OutputHook | None,
     ) -> list[RequestOutput]:
-        if self.front.live:
-            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
+        self._check_own()
         if not self._busy.acquire(blocking=False):
             raise RequestError(
                 "this LLM is in the middle of another call: wait for its end, or use an AsyncLLM for many callers"

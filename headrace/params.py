@@ -56,6 +56,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = option(None, "only these tokens may be drawn")
     decoder: str | None = option(None, "one of the engine's decoders; if not given, its first")
     evictor: str | None = option(None, "one of the engine's evictors; if not given, its first")
+    adapter: str | None = option(None, "one of the loaded adapters, by name; if not given, the model as it is")
     cache_budget: int | None = option(
         None, "slots (tokens) of each cache cell that the request keeps; if not given, the engine's"
     )

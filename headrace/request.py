@@ -133,6 +133,10 @@ class Request:
     """The first sample of the prompt, whose cache of the prompt this one shares."""
     decoder: str = ""
     """Which of the engine's decoders runs it."""
+    adapter: int = 0
+    """Place of its adapter; 0: none."""
+    adapter_digest: str | None = None
+    """What that adapter holds."""
     drafted: int = 0
     """Drafts that the decoder holds for the next step."""
     salt: bytes = b""
@@ -212,6 +216,7 @@ class Request:
             "model_law": self.model_law,
             "cache_law": self.cache_law,
             "eviction": [self.evictor, self.cache_budget, self.exact_len],
+            "adapter": self.adapter_digest,
             "priority": self.priority,
             "deadline_left_s": left_s,
         }
@@ -321,6 +326,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "request_id": (lambda x: isinstance(x, str), "a text"),
     "prompt": (lambda x: x is None or isinstance(x, str), "a text or null"),
     "prompt_len": (lambda x: _is_count(x, 1), "a whole number from 1"),
+    "adapter": (lambda x: x is None or isinstance(x, str), "the digest of an adapter or null"),
     "tokens": (lambda x: _is_list(x, _is_count), "a list of token ids"),
     "params": (lambda x: isinstance(x, dict), "an object"),
     "seed": (lambda x: _is_count(x, 0, MAX_SEED), "a whole number in [0, 2**64)"),

@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from headrace.codecs.base import Codec, load_codecs
 from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
+from headrace.engine.adapters import Adapters, LoadedAdapter
 from headrace.engine.graphs import StepGraphs
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
@@ -35,6 +37,7 @@ from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
 from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
+from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
@@ -116,6 +119,7 @@ class Engine:
         self.model = model
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = model.config.vocab_size
+        self.adapters = Adapters(config, model.adapters)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
@@ -301,6 +305,9 @@ class Engine:
             raise RequestError(
                 f"request_id {show(record['request_id'])} is in use by sample {record['sample']}: abort that one first"
             )
+        if record.get("adapter") is not None:
+            params = replace(params, adapter=self.adapters.name_of(record["adapter"], params.adapter))
+            record = {**record, "params": params.to_dict()}
         evictor, budget, exact_len = record["eviction"]
         if record["cache_law"] != self.cache_law:
             raise RequestError(
@@ -338,6 +345,20 @@ class Engine:
                 f"the record has {len(request.output_ids)} output tokens of {request.limit - request.prompt_len} that "
                 "its parameters and this engine allow: there is nothing to resume"
             )
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> LoadedAdapter:
+        """Load an adapter beside running requests: a directory, a hub id, or what `read_adapter` gave.
+
+        Raises AdapterError, CheckpointError or UnsupportedModelError, with nothing changed.
+        """
+        loaded = self.adapters.load(name, adapter)
+        self._version += 1
+        return loaded
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self.adapters.unload(name, (request for samples in self._by_id.values() for request in samples))
+        self._version += 1
 
     def export(self, request: Request) -> dict[str, Any]:
         """The portable record of a request as it stands now; the request itself goes on."""
@@ -785,6 +806,8 @@ class Engine:
                 )
             if not request.n_done <= request.n_tok <= request.limit or request.n_done > request.trigger:
                 raise InvariantError(f"request {request.request_id}: clocks out of order")
+            if int(self.table.adapter[i]) != request.adapter:
+                raise InvariantError(f"request {request.request_id}: its adapter differs from the device's")
             if int(self.table.trigger[i]) != request.trigger:
                 raise InvariantError(f"request {request.request_id}: its trigger differs from the device's")
             if request.n_done == request.trigger and not self.upkeep.waits(request):
@@ -848,6 +871,11 @@ class Engine:
         exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
         if self.selector.selects:  # later rows pass over parts of the cache
             exact_len = min(exact_len, prompt_len)
+        adapter = self.adapters.of(params.adapter)
+        # Requests with another decoder may lack the cache of this decoder's own models; with another adapter, all.
+        salt = decoder.encode() if self.decoders[decoder].models else b""
+        if adapter is not None:
+            salt += b"\0" + adapter.digest.encode()
         return {
             "evictor": name,
             "cache_law": self.cache_law,
@@ -855,8 +883,9 @@ class Engine:
             "cache_budget": budget,
             "exact_len": exact_len,
             "decoder": decoder,
-            # Requests with another decoder may lack the cache of this decoder's own models.
-            "salt": decoder.encode() if self.decoders[decoder].models else b"",
+            "adapter": adapter.slot if adapter else 0,
+            "adapter_digest": adapter.digest if adapter else None,
+            "salt": salt,
             "stream": stream_key(seed, sample),
             "stop_ids": tuple(stops),
             "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),

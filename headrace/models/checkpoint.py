@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError
+from headrace.layers.adapters import AdapterBank
 from headrace.layers.placement import Placement
 from headrace.memory import check_memory
 from headrace.models.base import CausalLM
@@ -59,6 +60,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    adapters: AdapterBank | None = None,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -72,6 +74,7 @@ def load_model(
             also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
         seed: seed of random weights.
         revision: revision of a hub id.
+        adapters: the model's linear maps get room for adapters in this bank, which must be new.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -91,9 +94,10 @@ def load_model(
         entries = _with_prefix(read_headers(directory), outline.prefix)
         entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
         _check(directory, config, outline.tensors(), entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters)
     _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
+    model.adapters = adapters
     if load_format == "auto":
         _stream(model.tensors(), entries)
     else:
