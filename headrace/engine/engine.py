@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
@@ -200,7 +201,7 @@ class Engine:
             return self.codec.form(self.device)
         return Selected(self.codec, self.selector)
 
-    @property
+    @cached_property
     def model_law(self) -> str:
         """The model that tokens come from, as far as its configuration tells: weights are not compared."""
         said = {name: value for name, value in vars(self.model.config).items() if name != "dtype"}
@@ -295,8 +296,8 @@ class Engine:
         params = check_record(record)
         if record["model_law"] != self.model_law:
             raise RequestError(
-                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume it "
-                "with the same model"
+                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume "
+                "it with the same model"
             )
         if any(r.sample == record["sample"] for r in self._by_id.get(record["request_id"], ())):
             raise RequestError(
