@@ -177,9 +177,10 @@ def test_a_deadline_ends_a_call_with_what_there_is(llm: LLM) -> None:
     (sample,) = output.outputs
     assert sample.finish_reason == "timeout"
     assert 0 < len(sample.token_ids) < 2000
-    assert llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))[0].outputs[
-        0
-    ].text == llm.tokenizer.decode(sample.token_ids[:4])  # type: ignore[union-attr]
+    # A busy machine may have come no further than the first token.
+    begun = sample.token_ids[:4]
+    params = SamplingParams(temperature=0.0, max_tokens=len(begun), ignore_eos=True)
+    assert llm.generate(PROMPTS[0], params)[0].outputs[0].token_ids == begun
     with pytest.raises(RequestError, match="deadline_s is -1"):
         llm.generate(PROMPTS[0], long, deadline_s=-1)
     llm.engine.check_idle()
