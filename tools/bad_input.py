@@ -536,6 +536,7 @@ ENGINE = [
 MEMORY = [
     _engine("kv_cache_gib beyond the machine", CapacityError, kv_cache_gib=100, num_pages=None),
     _engine("kv_cache_gib too small for a page", CapacityError, kv_cache_gib=1e-7, num_pages=None),
+    _engine("swap_space_gib beyond the machine", CapacityError, swap_space_gib=100),
     _engine("num_pages beyond the machine", CapacityError, num_pages=10**9),
     _engine("page_size beyond the machine", CapacityError, page_size=10**9),
     _engine("max_num_seqs beyond the machine", CapacityError, max_num_seqs=10**9),

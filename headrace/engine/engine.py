@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
@@ -204,13 +205,14 @@ class Engine:
             return self.codec.form(self.device)
         return Selected(self.codec, self.selector)
 
-    @property
+    @cached_property
     def model_law(self) -> str:
         """The model that tokens come from, as far as its configuration tells: weights are not compared."""
-        config = self.model.config
-        layers = f"{config.num_layers} layers of width {config.hidden_size}"
-        digest = hashlib.sha256(repr(replace(config, dtype=None)).encode()).hexdigest()[:12]
-        return f"{config.model_type} with {layers}, {config.vocab_size} tokens, configuration {digest}"
+        said = {name: value for name, value in vars(self.model.config).items() if name != "dtype"}
+        digest = hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()[:12]
+        layers = len(self.model.layer_states())
+        kind = said.get("model_type", "a model")
+        return f"{kind} with {layers} layers and {self.vocab_size} tokens, configuration {digest}"
 
     @property
     def cache_law(self) -> str:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
+
 from headrace.cache.swap import Spilled, SwapSpace
 from headrace.config import EngineConfig
 from headrace.engine.upkeep import Upkeep
-from headrace.memory import GIB
+from headrace.memory import GIB, check_memory
 from headrace.request import Request
 
 SWAP_SPACE_GIB = {"cpu": 0.5, "cuda": 4.0}
@@ -126,8 +128,12 @@ class Preemption:
 
 
 def swap_space_bytes(config: EngineConfig, device: str) -> int:
-    """Host memory for the caches of preempted requests on this kind of device."""
+    """Host memory for the caches of preempted requests on this kind of device. Raises CapacityError if asked for more
+    than there is."""
     if config.preemption == "recompute":
         return 0
     gib = SWAP_SPACE_GIB[device] if config.swap_space_gib is None else config.swap_space_gib
+    if config.swap_space_gib:
+        host = torch.device("cpu")
+        check_memory(f"swap_space_gib is {config.swap_space_gib:g}, which may take", int(gib * GIB), host, "lower it")
     return int(gib * GIB)

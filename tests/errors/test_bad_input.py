@@ -206,3 +206,26 @@ def test_a_callers_list_is_copied() -> None:
     params = SamplingParams(stop_token_ids=stops)
     stops.append(-1)
     assert params.stop_token_ids == [1, 2]
+
+
+def test_a_call_from_another_thread_is_refused_and_harms_nobody(bench: Bench, alone: list[list[int]]) -> None:
+    prompt, params = GOOD[0]
+    wanted = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **params})
+    refused: list[str] = []
+
+    def intrude() -> None:
+        try:
+            bench.llm.generate("ab")
+        except RequestError as error:
+            refused.append(str(error))
+
+    def listen(request: Request, text: str) -> None:
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+
+    with nothing_left(bench):
+        (output,) = bench.llm.generate({"prompt_token_ids": prompt}, wanted, on_text=listen)
+    assert output.outputs[0].token_ids == alone[0]
+    assert refused
+    assert all("in the middle of another call" in sentence for sentence in refused)
