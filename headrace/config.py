@@ -31,6 +31,10 @@ class EngineConfig:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on the CPU", choices=DTYPES)
     load_format: str = option("auto", "random: random weights of the right shapes", choices=("auto", "random"))
+    tensor_parallel_size: int = option(
+        1,
+        "ranks among which heads and feed-forward widths are divided: processes, on GPUs one for each of so many GPUs",
+    )
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     max_num_seqs: int = option(256, "most requests that hold cache at once")
     max_num_batched_tokens: int | None = option(
@@ -54,7 +58,9 @@ class EngineConfig:
     selector_budget: int | None = option(None, "older slots (tokens) that a row reads at most; needs a selector")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
-        None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
+        None,
+        "GiB for the cache, on each rank; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: "
+        "a fifth)",
     )
     num_pages: int | None = option(None, "pages of the cache, instead of kv_cache_gib")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights, work space and cache")
@@ -79,7 +85,13 @@ class EngineConfig:
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:
-        for name, low in (("max_num_seqs", 1), ("page_size", 1), ("draft_tokens", 1), ("cache_interval", 1)):
+        for name, low in (
+            ("tensor_parallel_size", 1),
+            ("max_num_seqs", 1),
+            ("page_size", 1),
+            ("draft_tokens", 1),
+            ("cache_interval", 1),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         for name, low in (

@@ -8,25 +8,24 @@ print(out[0].outputs[0].text)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from tqdm import tqdm
 
 from headrace.config import EngineConfig
-from headrace.engine.engine import Engine
-from headrace.errors import ConfigError, RequestError, TokenizerError
-from headrace.front import Encoded, Prompt, TextFront, TextHook
-from headrace.models.checkpoint import load_model, resolve_model
+from headrace.errors import ConfigError, EngineDeadError, RequestError, TokenizerError
+from headrace.front import Encoded, Prompt, TextHook
+from headrace.models.checkpoint import resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
 from headrace.request import Request
-from headrace.text.tokenizer import Tokenizer
+from headrace.start import Settings, choose_device, gather, load_tokenizer, start
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "headrace-py-16m"
 BUNDLED_DRAFT = Path(__file__).parent / "assets" / "headrace-py-draft"
@@ -52,26 +51,27 @@ class LLM:
         if model is None:  # the bundled model brings its drafter
             options = {"draft_model": str(BUNDLED_DRAFT), **{k: v for k, v in options.items() if v is not None}}
         self.config = EngineConfig(model=None if model is None else str(model), **options)
-        device = _choose_device(self.config.device)
+        device = choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
-        self.tokenizer: Tokenizer | None = None
-        if not self.config.skip_tokenizer_init:
-            tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
-            self.tokenizer = Tokenizer.from_dir(tokenizer_path)
-        network = load_model(
-            str(path),
-            device=device,
-            dtype=self.config.dtype,
-            load_format=self.config.load_format,
-            max_model_len=self.config.max_model_len,
-            seed=self.config.seed,
-        )
-        eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
-        self.engine = Engine(self.config, network, eos_ids=eos_ids)
-        self.front = TextFront(self.engine, self.tokenizer)
+        settings = Settings(self.config, path, device)
+        self.tokenizer = load_tokenizer(settings)
+        self._ranks = gather(settings)
+        try:
+            self.front = start(settings, self.tokenizer, self._ranks)
+        except BaseException as error:
+            told = self._ranks.failed(error)
+            if told is error:
+                raise
+            raise told from told.__cause__
+        self.engine = self.front.engine
         self._ids = itertools.count()
+
+    def shutdown(self) -> None:
+        """End the processes of the other ranks, if there are any; the model cannot be used behind that. A second call
+        does nothing. They also end with this object, and with this process."""
+        self._ranks.shutdown()
 
     # Generation
 
@@ -177,8 +177,9 @@ class LLM:
             return [self.front.output(samples) for samples in queued]
         except BaseException:
             # An interrupted call must not leave requests behind that the next call would run.
-            for samples in queued:
-                self.engine.abort(samples[0].request_id)
+            with contextlib.suppress(EngineDeadError):
+                for samples in queued:
+                    self.engine.abort(samples[0].request_id)
             raise
         finally:
             for samples in queued:
@@ -194,15 +195,6 @@ class LLM:
             tokens = self.engine.stats.output_tokens - start_tokens
             elapsed_s = bar.format_dict["elapsed"] or 1e-9
             bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
-
-
-def _choose_device(name: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ConfigError(
-            "device is 'cuda'; torch finds no GPU here: use device='cpu' or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

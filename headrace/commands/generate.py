@@ -146,7 +146,7 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 def _one_at_a_time(
     llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]
 ) -> tuple[list[RequestOutput], float]:
-    llm.engine.cache.drop_idle()  # else the second run would find its prompts in the prefix cache
+    llm.engine.forget_prefixes()  # else the second run would find its prompts in the prefix cache
     outputs = []
     start_s = time.perf_counter()
     for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):

@@ -12,6 +12,7 @@ import torch
 from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
 from headrace.errors import CapacityError, ConfigError
+from headrace.ranks import ONE, Ranks
 
 log = logging.getLogger("headrace")
 
@@ -67,8 +68,9 @@ def choose_pages(
     device: torch.device,
     max_len: int,
     state_bytes: int = 0,
+    ranks: Ranks = ONE,
 ) -> int:
-    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states.
+    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold.
 
     Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if the states or
     not even one page fit, ConfigError for a number of pages where no layer keeps any.
@@ -81,7 +83,10 @@ def choose_pages(
     useful = 1 + config.max_num_seqs * -(-max_len // config.page_size)
     if config.num_pages is not None:
         return config.num_pages
-    free_bytes = available_memory_bytes(device)
+    # What one rank takes must not be missing when the next one looks.
+    free_bytes = ranks.least(available_memory_bytes(device))
+    if device.type == "cpu":
+        free_bytes //= ranks.size  # they share one machine's memory
     if config.kv_cache_gib is not None:
         budget = int(config.kv_cache_gib * GIB)
         if budget > free_bytes:
@@ -113,7 +118,7 @@ def choose_pages(
             f"{max(budget, 0) / 2**20:.1f} MiB for the cache hold no page of {size(1) / 2**20:.2f} MiB: "
             "free memory, or raise gpu_memory_utilization or kv_cache_gib"
         )
-    return pages
+    return ranks.least(pages)
 
 
 def fit_length(config: EngineConfig, model_len: int, n_pages: int) -> int:

@@ -22,7 +22,8 @@ class Attention(nn.Module):
     Args:
         layer: index by which the step knows this layer's cache.
         width: model width E.
-        heads, kv_heads, head_dim: H, K and D; H is a multiple of K.
+        heads, kv_heads, head_dim: H, K and D; H is a multiple of K. Ranks divide the heads; where there are fewer
+            key/value heads than ranks, neighbours hold the same one.
         qkv_bias, out_bias: biases of the input and output projections.
         qk_norm_eps: RMS normalisation of every query and key head before the rotation, with this eps; None: none.
         window: tokens that a row sees, itself included; 0: all.
@@ -44,12 +45,15 @@ class Attention(nn.Module):
         place: Placement,
     ) -> None:
         super().__init__()
+        heads, parts = place.ranks.share(heads, "num_attention_heads")
+        kv_heads, kv_parts = place.ranks.share_or_copy(kv_heads, "num_key_value_heads")
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, heads, kv_heads, head_dim
         self.window = window
         self.qk_norm_eps = qk_norm_eps
         self.scale = head_dim**-0.5
-        self.qkv = Linear(width, [n * head_dim for n in (heads, kv_heads, kv_heads)], bias=qkv_bias, place=place)
-        self.out = Linear(heads * head_dim, [width], bias=out_bias, place=place)
+        widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+        self.qkv = Linear(width, widths, bias=qkv_bias, place=place, split="outputs", parts=(parts, kv_parts, kv_parts))
+        self.out = Linear(heads * head_dim, [width], bias=out_bias, place=place, split="inputs")
         # One weight a head although the heads share it: queries and keys are then normalised in one operation.
         self.qk_norm = None if qk_norm_eps is None else place.empty(heads + kv_heads, head_dim)
 

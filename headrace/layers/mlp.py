@@ -12,12 +12,13 @@ from headrace.layers.placement import Placement
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward layer with gate and up as one product."""
+    """SwiGLU feed-forward layer with gate and up as one product. Ranks divide the hidden width."""
 
     def __init__(self, width: int, hidden: int, *, bias: bool, place: Placement) -> None:
         super().__init__()
-        self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place)
-        self.down = Linear(hidden, [width], bias=bias, place=place)
+        hidden = place.ranks.share(hidden, "intermediate_size").size
+        self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place, split="outputs")
+        self.down = Linear(hidden, [width], bias=bias, place=place, split="inputs")
 
     def add_to(self, residual_RE: Tensor, x_RE: Tensor, norm: tuple[Tensor, float] | None = None) -> None:
         """residual += mlp(x), in place; `norm`: weight and eps of an RMS norm of x."""

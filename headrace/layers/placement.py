@@ -1,11 +1,13 @@
-"""Where a model's parameters live and in which type."""
+"""Where a model's parameters live, in which type, and how they are shared among ranks."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from headrace.ranks import ONE, Ranks
 
 CACHE_LINE = 64
 """Bytes."""
@@ -16,6 +18,8 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ONE
+    """The ranks that a layer may divide its parameters among; one that divides nothing is whole on each of them."""
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter without gradient."""
@@ -32,3 +36,22 @@ class Placement(NamedTuple):
             columns = torch.empty(inputs, outputs + CACHE_LINE // self.dtype.itemsize, dtype=self.dtype)
             return nn.Parameter(columns[:, :outputs].t(), requires_grad=False)
         return self.empty(outputs, inputs)
+
+
+class Pieces(list[Tensor]):
+    """Views for one checkpoint tensor of which each takes a part only.
+
+    Args:
+        views: parameters, or parts of them.
+        shape: the whole checkpoint tensor's.
+        where: for each view the slices of the checkpoint tensor that it takes.
+    """
+
+    def __init__(self, views: list[Tensor], shape: tuple[int, ...], where: list[tuple[slice, ...]]) -> None:
+        super().__init__(views)
+        self.shape, self.where = shape, where
+
+
+def whole_shape(views: list[Tensor]) -> tuple[int, ...]:
+    """Shape of the checkpoint tensor behind some views."""
+    return views.shape if isinstance(views, Pieces) else tuple(views[0].shape)

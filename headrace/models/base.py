@@ -40,5 +40,6 @@ class CausalLM(nn.Module, ABC):
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every checkpoint tensor by name, and the views of the parameters that it is copied to.
 
-        A name's views all have the shape of the checkpoint tensor; together the views cover all parameters.
+        A name's views all have the shape of the checkpoint tensor, unless they are `Pieces` of it, as those of split
+        layers; together the views cover all parameters.
         """

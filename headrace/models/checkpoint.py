@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Pieces, Placement, whole_shape
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
+from headrace.ranks import ONE, Ranks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -54,6 +55,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    ranks: Ranks = ONE,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -67,6 +69,8 @@ def load_model(
             also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
         seed: seed of random weights.
         revision: revision of a hub id.
+        ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
+            same model on any number of ranks.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -82,10 +86,10 @@ def load_model(
     entries: dict[str, Entry] = {}
     if load_format == "auto":
         entries = read_headers(directory)
-        outline = Placement(torch.device("meta"), torch.float32)
+        outline = Placement(torch.device("meta"), torch.float32, ranks)
         expected = build_model(config, max_model_len=max_model_len, place=outline).tensors()
         _check(directory, config, expected, entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), ranks)
     model = build_model(config, max_model_len=max_model_len, place=place)
     if load_format == "auto":
         _stream(model.tensors(), entries)
@@ -277,7 +281,7 @@ def _check(
     for name, views in places.items():
         if name not in entries:
             continue
-        must = tuple(views[0].shape)
+        must = whole_shape(views)
         if entries[name].shape != must:
             problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
         if entries[name].dtype not in FLOATS:
@@ -316,10 +320,16 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                source = file.get_tensor(name)
-                for view in places[name]:
+                views = places[name]
+                if isinstance(views, Pieces):
+                    stored = file.get_slice(name)
+                    pairs = [(view, stored[where]) for view, where in zip(views, views.where, strict=True)]
+                else:
+                    source = file.get_tensor(name)
+                    pairs = [(view, source) for view in views]
+                for view, source in pairs:
                     view.copy_(source)
-                if _narrower(places[name][0].dtype, source.dtype) and not places[name][0].isfinite().all():
+                if any(_narrower(view.dtype, source.dtype) and not view.isfinite().all() for view, source in pairs):
                     overflow.append(name)
     if overflow:
         kind = str(next(iter(places.values()))[0].dtype).removeprefix("torch.")
@@ -338,13 +348,15 @@ def fill_random(model: CausalLM, seed: int) -> None:
     type: they are drawn in float32 and rounded.
     """
     for index, (name, views) in enumerate(model.tensors().items()):
-        target = views[0]
+        device = views[0].device
+        # Whole, also where this rank takes a part: the model must not depend on the number of ranks. Filled in the
+        # order of a contiguous tensor, whatever the parameter's layout.
+        values = torch.empty(whole_shape(views), dtype=torch.float32, device=device)
         if name.endswith("norm.weight"):
-            values = torch.ones_like(target)
+            values.fill_(1.0)
         else:
-            generator = torch.Generator(device=target.device).manual_seed((seed * 1_000_003 + index) % 2**63)
-            # Filled in the order of a contiguous tensor, whatever the parameter's layout.
-            values = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+            generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + index) % 2**63)
             values.normal_(0.0, STD, generator=generator)
-        for view in views:
-            view.copy_(values)
+        where = views.where if isinstance(views, Pieces) else [()] * len(views)
+        for view, slices in zip(views, where, strict=True):
+            view.copy_(values[slices])
