@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from headrace.kernels.project import project, project_onto
-from headrace.layers.placement import Pieces, Placement
+from headrace.layers.placement import Pieces, Placement, cut
 
 
 class Linear(nn.Module):
@@ -51,7 +51,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """[R, inputs] to [R, sum(outputs)]; `norm`: weight and eps of an RMS norm of x."""
-        return project(x, self.weight, self.bias, norm=norm)
+        if self.split != "inputs":
+            return project(x, self.weight, self.bias, norm=norm)
+        y = project(x, self.weight, self.bias if self.ranks.rank == 0 else None)  # the bias is in one of the parts
+        self.ranks.all_reduce_(y)
+        return y
 
     def gated(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """silu(first projection) * second, of two of one width: [R, inputs] to [R, that width]."""
@@ -60,34 +64,49 @@ class Linear(nn.Module):
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """y += forward(x) in place: the residual sum costs no pass of its own, the product accumulates into it.
 
-        Split by inputs, the ranks' parts are added up first, the bias being in one of them.
+        Split by inputs, the ranks' parts of the product are added up first.
         """
-        if self.split != "inputs":
+        if self.split == "inputs":
+            y.add_(self.forward(x))
+        else:
             project_onto(y, x, self.weight, self.bias)
-            return
-        sum_RE = project(x, self.weight, self.bias if self.ranks.rank == 0 else None)
-        self.ranks.all_reduce_(sum_RE)
-        y.add_(sum_RE)
 
-    def tensors(self, *names: str) -> dict[str, list[Tensor]]:
-        """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`."""
+    def tensors(self, *names: str, transposed: bool = False) -> dict[str, list[Tensor]]:
+        """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`.
+
+        One name stands for all of them stored as one. `transposed`: the checkpoint's weights are [inputs, outputs].
+        """
         found: dict[str, list[Tensor]] = {}
+        projections = list(zip(self.outputs, self.parts, strict=True))
         start = 0
-        for name, width, parts in zip(names, self.outputs, self.parts, strict=True):
-            found[f"{name}.weight"] = self._views(self.weight[start : start + width], parts)
+        for name, stored in zip(names, [[p] for p in projections] if len(names) > 1 else [projections], strict=True):
+            width = sum(outputs for outputs, _ in stored)
+            weight = self._views(self.weight[start : start + width], stored)
+            found[f"{name}.weight"] = _transposed(weight) if transposed else weight
             if self.bias is not None:
-                found[f"{name}.bias"] = self._views(self.bias[start : start + width], parts)
+                found[f"{name}.bias"] = self._views(self.bias[start : start + width], stored)
             start += width
         return found
 
-    def _views(self, view: Tensor, parts: int) -> list[Tensor]:
-        """A projection's weight or bias, with the place in the checkpoint tensor that this rank's share has."""
-        n_out, n_in = view.shape[0], view.shape[1:]
-        if self.split == "outputs":
-            part = self.ranks.rank * parts // self.ranks.size
-            return Pieces([view], (n_out * parts, *n_in), [(slice(part * n_out, (part + 1) * n_out),)])
-        if self.split == "inputs" and n_in:
-            first = self.ranks.rank * n_in[0]
-            where = (slice(None), slice(first, first + n_in[0]))
-            return Pieces([view], (n_out, n_in[0] * self.ranks.size), [where])
-        return [view]
+    def _views(self, view: Tensor, stored: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Views for the weight or bias of projections that the checkpoint stores as one: their outputs and parts."""
+        if self.split == "inputs" and view.dim() > 1:
+            return cut(view, 1, self.ranks)
+        if self.split != "outputs":
+            return [view]
+        where: list[tuple[slice, ...]] = []
+        first = 0
+        for outputs, parts in stored:
+            mine = first + self.ranks.rank * parts // self.ranks.size * outputs
+            where.append((slice(mine, mine + outputs),))
+            first += outputs * parts
+        return Pieces(list(view.split([outputs for outputs, _ in stored])), (first, *view.shape[1:]), where)
+
+
+def _transposed(views: list[Tensor]) -> list[Tensor]:
+    """The same for a tensor that is stored the other way round."""
+    turned = [view.t() for view in views]
+    if not isinstance(views, Pieces):
+        return turned
+    where = [(*(slice(None) for _ in range(2 - len(slices))), *slices[::-1]) for slices in views.where]
+    return Pieces(turned, views.shape[::-1], where)

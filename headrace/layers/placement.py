@@ -21,6 +21,10 @@ class Placement(NamedTuple):
     ranks: Ranks = ONE
     """The ranks that a layer may divide its parameters among; one that divides nothing is whole on each of them."""
 
+    def widened(self) -> Placement:
+        """The same place for numbers that need float32 at least."""
+        return self._replace(dtype=torch.promote_types(self.dtype, torch.float32))
+
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter without gradient."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype), requires_grad=False)
@@ -50,6 +54,19 @@ class Pieces(list[Tensor]):
     def __init__(self, views: list[Tensor], shape: tuple[int, ...], where: list[tuple[slice, ...]]) -> None:
         super().__init__(views)
         self.shape, self.where = shape, where
+
+
+def cut(view: Tensor, axis: int, ranks: Ranks, parts: int | None = None) -> list[Tensor]:
+    """This rank's part of a checkpoint tensor that is cut along an axis into equal parts; None: one a rank."""
+    parts = ranks.size if parts is None else parts
+    if ranks.size == 1:
+        return [view]
+    size = view.shape[axis]
+    first = ranks.rank * parts // ranks.size * size
+    where = [slice(None)] * view.dim()
+    where[axis] = slice(first, first + size)
+    shape = tuple(n * parts if i == axis % view.dim() else n for i, n in enumerate(view.shape))
+    return Pieces([view], shape, [tuple(where)])
 
 
 def whole_shape(views: list[Tensor]) -> tuple[int, ...]:

@@ -46,7 +46,11 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     rotated: float = 1.0
-    """proportional: share of the pairs that turn."""
+    """Share of a head that turns: its first numbers; with proportional the first pairs of the whole head."""
+
+    def size(self, head_dim: int) -> int:
+        """Numbers of a head, from its first on, that the rotation takes."""
+        return head_dim if self.scaling == "proportional" else int(head_dim * self.rotated)
 
     def reach(self, max_position_embeddings: int) -> int:
         """Positions for which the rotation is defined, given the checkpoint's `max_position_embeddings`."""
@@ -140,6 +144,7 @@ class Rotation:
     """The angles of a step's rows: as tables and positions, and gathered where that is asked for."""
 
     def __init__(self, rotary: Rotary, pos_R: Tensor) -> None:
+        self.size = rotary.size
         self.cos_PD, self.sin_PD, self.pos_R = rotary.cos_PD, rotary.sin_PD, pos_R
         self._rotary = rotary
 
@@ -152,14 +157,16 @@ class Rotation:
 class Rotary(nn.Module):
     """Cosines and sines of all positions below `max_model_len`, looked up once a step.
 
-    The tables are float32 (float64 for float64 models) and cast to the model's type after the look-up.
+    The tables are float32 (float64 for float64 models) and cast to the model's type after the look-up. `size` is the
+    part of a head that turns; D stands for it here.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_model_len: int, place: Placement) -> None:
         super().__init__()
         self.dtype = place.dtype
-        table_dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
-        f_D, length = inverse_frequencies(rope, head_dim, max_model_len, table_dtype)
+        self.size = rope.size(head_dim)
+        table_dtype = place.widened().dtype
+        f_D, length = inverse_frequencies(rope, self.size, max_model_len, table_dtype)
         pos_P = torch.arange(max_model_len, dtype=table_dtype, device=place.device)
         angle_PD = pos_P[:, None] * f_D.to(place.device)  # D/2 wide: both halves of a head turn alike
         self.cos_PD = nn.Buffer(angle_PD.cos() * length, persistent=False)

@@ -20,6 +20,12 @@ class CausalLM(nn.Module, ABC):
     config: ModelConfig
     max_model_len: int
     """Positions 0 .. max_model_len - 1 can be evaluated; an index outside is an error of the caller."""
+    prefix = ""
+    """What all names of tensors but the head's begin with; some checkpoints leave it out."""
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is none of the model's, and rightly there."""
+        return False
 
     @abstractmethod
     def layer_states(self) -> list[LayerState]:
@@ -40,6 +46,14 @@ class CausalLM(nn.Module, ABC):
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every checkpoint tensor by name, and the views of the parameters that it is copied to.
 
-        A name's views all have the shape of the checkpoint tensor, unless they are `Pieces` of it, as those of split
-        layers; together the views cover all parameters.
+        The embedding comes first. A name's views all have the shape of the checkpoint tensor, unless they are `Pieces`
+        of it, as those of divided layers; together the views cover all parameters.
         """
+
+    def finish_loading(self) -> None:
+        """What layers make of their parameters, once, when all tensors are in their places: a layer that has a method
+        `loaded` is called."""
+        for module in self.modules():
+            loaded = getattr(module, "loaded", None)
+            if loaded is not None:
+                loaded()

@@ -35,6 +35,8 @@ LISTED = 8
 REDUNDANT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 STD = 0.02
+HEAD = "lm_head.weight"
+NORM = re.compile(r"(.*norm|(.*\.)?ln_\w+)\.weight")
 REMEDY = "fetch the checkpoint again, or correct config.json"
 
 
@@ -44,6 +46,8 @@ class Entry(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    name: str
+    """Its name in the file."""
 
 
 def load_model(
@@ -85,16 +89,19 @@ def load_model(
     config = read_config(directory)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
-        entries = read_headers(directory)
-        outline = Placement(torch.device("meta"), torch.float32, ranks)
-        expected = build_model(config, max_model_len=max_model_len, place=outline).tensors()
-        _check(directory, config, expected, entries)
+        where = Placement(torch.device("meta"), torch.float32, ranks)
+        outline = build_model(config, max_model_len=max_model_len, place=where)
+        entries = _with_prefix(read_headers(directory), outline.prefix)
+        entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
+        _check(directory, config, outline.tensors(), entries)
     place = Placement(device, wanted or _auto_dtype(config, device, entries), ranks)
     model = build_model(config, max_model_len=max_model_len, place=place)
     if load_format == "auto":
         _stream(model.tensors(), entries)
     else:
         fill_random(model, seed)
+    with torch.no_grad():
+        model.finish_loading()
     return model.eval()
 
 
@@ -255,11 +262,18 @@ def _read_files(files: Iterable[Path]) -> tuple[dict[Path, dict[str, Entry]], li
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
                 found[path] = {
-                    name: Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+                    name: Entry(path, tuple(part.get_shape()), part.get_dtype(), name) for name, part in slices.items()
                 }
         except (SafetensorError, OSError, ValueError) as error:
             damage.append(f"{path.name} ({path.stat().st_size} bytes; {_first_line(error)})")
     return found, damage
+
+
+def _with_prefix(entries: dict[str, Entry], prefix: str) -> dict[str, Entry]:
+    """The entries by their full names, where the checkpoint leaves the prefix out."""
+    if not prefix or any(name.startswith(prefix) for name in entries):
+        return entries
+    return {name if name == HEAD else prefix + name: entry for name, entry in entries.items()}
 
 
 def _check(
@@ -273,11 +287,11 @@ def _check(
         "of the wrong shape": [],
         "of a type that is not implemented": [],
     }
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in problems["unexpected"] and embedding in entries:
-        problems["unexpected"].remove(head)
-        if not _equal(entries[head], head, entries[embedding], embedding):
-            problems["differing although tie_word_embeddings is true"] = [f"{head} from {embedding}"]
+    embedding = next(iter(places))
+    if config.tie_word_embeddings and HEAD in problems["unexpected"] and embedding in entries:
+        problems["unexpected"].remove(HEAD)
+        if not _equal(entries[HEAD], entries[embedding]):
+            problems["differing although tie_word_embeddings is true"] = [f"{HEAD} from {embedding}"]
     for name, views in places.items():
         if name not in entries:
             continue
@@ -288,17 +302,17 @@ def _check(
             problems["of a type that is not implemented"].append(f"{name} is {entries[name].dtype}")
     if not any(problems.values()):
         return
-    tied = problems["missing"] == [head] and not config.tie_word_embeddings
+    tied = problems["missing"] == [HEAD] and not config.tie_word_embeddings
     remedy = "if the head is the embedding, set tie_word_embeddings in config.json" if tied else REMEDY
     raise CheckpointError(_report(directory, problems, remedy))
 
 
-def _equal(a: Entry, a_name: str, b: Entry, b_name: str) -> bool:
+def _equal(a: Entry, b: Entry) -> bool:
     if a.shape != b.shape:
         return False
     with safe_open(a.file, framework="pt") as first, safe_open(b.file, framework="pt") as second:
-        tensor = first.get_tensor(a_name)
-        return torch.equal(tensor, second.get_tensor(b_name).to(tensor.dtype))
+        tensor = first.get_tensor(a.name)
+        return torch.equal(tensor, second.get_tensor(b.name).to(tensor.dtype))
 
 
 def _report(directory: Path, problems: Mapping[str, list[str]], remedy: str = REMEDY) -> str:
@@ -320,12 +334,12 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                views = places[name]
+                views, stored_as = places[name], entries[name].name
                 if isinstance(views, Pieces):
-                    stored = file.get_slice(name)
+                    stored = file.get_slice(stored_as)
                     pairs = [(view, stored[where]) for view, where in zip(views, views.where, strict=True)]
                 else:
-                    source = file.get_tensor(name)
+                    source = file.get_tensor(stored_as)
                     pairs = [(view, source) for view in views]
                 for view, source in pairs:
                     view.copy_(source)
@@ -352,8 +366,8 @@ def fill_random(model: CausalLM, seed: int) -> None:
         # Whole, also where this rank takes a part: the model must not depend on the number of ranks. Filled in the
         # order of a contiguous tensor, whatever the parameter's layout.
         values = torch.empty(whole_shape(views), dtype=torch.float32, device=device)
-        if name.endswith("norm.weight"):
-            values.fill_(1.0)
+        if NORM.fullmatch(name):
+            values.fill_(1.0 - model.config.norm_offset)
         else:
             generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + index) % 2**63)
             values.normal_(0.0, STD, generator=generator)

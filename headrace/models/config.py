@@ -7,15 +7,31 @@ switched off (null, false, 0, empty) is refused by name.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from headrace.errors import ConfigError, UnsupportedModelError
 from headrace.layers.rotary import SCALINGS, RopeConfig
+
+C = TypeVar("C", bound="ModelConfig")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What `layer_types` names."""
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+"""Names in config.json, and those of `headrace.layers.mlp.ACTIVATIONS`."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -29,7 +45,7 @@ DTYPES = {
 INERT = re.compile(
     r"""
     _.* | unsloth.* | architectures | model_type | transformers_version | transformers\.js_config | auto_map
-    | name_or_path | tokenizer_class | initializer_range | attention_dropout | hidden_dropout | embd_pdrop
+    | name_or_path | tokenizer_class | initializer_range | attention_dropout | hidden_dropout | embd_pdrop | attn_pdrop
     | resid_pdrop | gradient_checkpointing | neftune_noise_alpha | use_cache | pretraining_tp
     | max_sequence_length | attn_implementation | attention_implementation | is_decoder | return_dict
     | torchscript | use_bfloat16 | output_attentions | output_hidden_states | output_scores
@@ -65,11 +81,26 @@ class ModelConfig:
     mlp_bias: bool = False
     windows: tuple[int, ...] = ()
     """Tokens that each layer's rows see, one entry a layer; 0: all."""
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """The rotation of each layer, None where there is none; empty: `rope` everywhere."""
+    activation: str = "silu"
+    """Of the feed-forward layers, a name of `headrace.layers.mlp.ACTIVATIONS`."""
+    norm_offset: float = 0.0
+    """What is added to the weights of norms."""
+    embedding_scale: float = 1.0
+    """Factor of the embeddings."""
+    logits_divisor: float = 1.0
+    logits_softcap: float = 0.0
+    """Logits become cap * tanh(logits / cap); 0: they stay."""
     dtype: torch.dtype | None = None
     """Type of the checkpoint, if the file says."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     architectures: tuple[str, ...] = field(default=(), compare=False)
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotation of a layer; None: it has none."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
 
 class Entries:
@@ -91,8 +122,8 @@ class Entries:
         """The error for an entry whose value cannot be used."""
         return UnsupportedModelError(f"{self.where}: {key} is {self.raw.get(key)!r}; it must be {must}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
-        """A whole number of at least `low`; required if there is no default."""
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: float = float("inf")) -> int:
+        """A whole number from `low` to `high`; required if there is no default."""
         value = self.get(key)
         if value is None and default is not None:
             return default
@@ -100,9 +131,11 @@ class Entries:
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not float(value).is_integer()
-            or value < low
+            or not low <= value <= high
         ):
-            raise self.refuse(key, f"a whole number of at least {low}")
+            raise self.refuse(
+                key, f"a whole number of at least {low}" + (f" and at most {high}" if high < 1e18 else "")
+            )
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -114,6 +147,12 @@ class Entries:
             raise self.refuse(key, "a positive number")
         return float(value)
 
+    def number_or_none(self, key: str, default: float | None) -> float | None:
+        """A positive number, or None where the file says null; the default where it has no such entry."""
+        if key not in self.raw:
+            return default
+        return None if self.get(key) is None else self.number(key)
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key)
@@ -122,6 +161,21 @@ class Entries:
         if not isinstance(value, bool):
             raise self.refuse(key, "true or false")
         return value
+
+    def one_of(self, key: str, known: Mapping[str, Any], default: str) -> Any:
+        """What a name stands for."""
+        name = self.get(key)
+        if name is None:
+            name = default
+        if not isinstance(name, str) or name not in known:
+            raise self.refuse(key, f"one of {', '.join(map(repr, known))}")
+        return known[name]
+
+    def fixed(self, **values: Any) -> None:
+        """Entries for which one value is implemented; null and missing are that value."""
+        for key, must in values.items():
+            if self.get(key) not in (None, must):
+                raise self.refuse(key, f"{must!r}, the only value implemented for this model")
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of positive numbers."""
@@ -162,7 +216,13 @@ def read_decoder(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     max_positions: int | None = None,
-    windows: bool = False,
+    windows: Sequence[int] | None = None,
+    partial_rotary: bool = False,
+    norm_eps: float = 1e-6,
+    tied: bool = False,
+    theta: float = 10000.0,
+    hidden: int | None = None,
+    **options: Any,
 ) -> ModelConfig:
     """The entries that all families share; the arguments are the family's options and defaults.
 
@@ -172,9 +232,14 @@ def read_decoder(
         kv_heads: default of num_key_value_heads; None: as many as query heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
         max_positions: default of max_position_embeddings; None: required.
-        windows: whether the family has sliding windows.
+        windows: of the layers; None: none.
+        partial_rotary: whether the family may turn a part of each head only.
+        norm_eps, tied, theta, hidden: defaults of rms_norm_eps, tie_word_embeddings, rope_theta, intermediate_size.
+        options: further fields of ModelConfig.
     """
     _refuse_variants(entries)
+    if "activation" not in options:
+        options["activation"] = entries.one_of("hidden_act", ACTIVATIONS, "silu")
     hidden_size = entries.integer("hidden_size")
     num_heads = entries.integer("num_attention_heads")
     num_layers = entries.integer("num_hidden_layers")
@@ -187,29 +252,36 @@ def read_decoder(
     if head_dim % 2:
         raise UnsupportedModelError(f"{entries.where}: head_dim is {head_dim}; the rotation needs an even number")
     positions = entries.integer("max_position_embeddings", max_positions)
+    rope = options.pop("rope", None) or read_rope(entries, head_dim, positions, theta=theta, partial=partial_rotary)
     config = ModelConfig(
         model_type=entries.raw["model_type"],
         vocab_size=entries.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=entries.integer("intermediate_size"),
+        intermediate_size=entries.integer("intermediate_size", hidden),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=entries.number("rms_norm_eps", 1e-6),
-        rope=read_rope(entries, head_dim, positions),
+        norm_eps=entries.number("rms_norm_eps", norm_eps),
+        rope=rope,
         max_position_embeddings=positions,
-        tie_word_embeddings=entries.flag("tie_word_embeddings", False),
+        tie_word_embeddings=entries.flag("tie_word_embeddings", tied),
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
-        windows=_read_windows(entries, num_layers) if windows else (0,) * num_layers,
+        windows=tuple(windows) if windows is not None else (0,) * num_layers,
         dtype=_read_dtype(entries),
         bos_token_id=_read_token_ids(entries, "bos_token_id")[0] if entries.get("bos_token_id") is not None else None,
         eos_token_ids=_read_token_ids(entries, "eos_token_id"),
         architectures=tuple(entries.raw.get("architectures") or ()),
+        **options,
     )
     entries.finish()
     return config
+
+
+def extend(kind: type[C], config: ModelConfig, **more: Any) -> C:
+    """The configuration with a family's own fields: `kind` is a dataclass made from ModelConfig."""
+    return kind(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}, **more)
 
 
 def _refuse_variants(entries: Entries) -> None:
@@ -221,8 +293,6 @@ def _refuse_variants(entries: Entries) -> None:
             f"{entries.where}: quantization_config names method {method!r}; quantised checkpoints are not implemented: "
             "use the checkpoint with float32, bfloat16 or float16 weights"
         )
-    if entries.get("hidden_act") not in (None, "silu", "swish"):
-        raise entries.refuse("hidden_act", "'silu', the only activation implemented")
 
 
 def _read_dtype(entries: Entries) -> torch.dtype | None:
@@ -244,32 +314,57 @@ def _read_token_ids(entries: Entries, key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_windows(entries: Entries, num_layers: int) -> tuple[int, ...]:
-    """Window of each layer (Qwen2, Qwen3): by `layer_types`, else from layer `max_window_layers` on."""
+def read_windows(
+    entries: Entries,
+    default: Callable[[int], bool],
+    *,
+    size: int | None = None,
+    on: bool = True,
+) -> list[int]:
+    """Window of each layer, by `layer_types`, `sliding_window` and the family's habit; 0: all tokens.
+
+    Args:
+        entries: the file.
+        default: whether a layer has a window, given its index, where `layer_types` does not say.
+        size: default of `sliding_window`, where the file has no such entry; null means that there is no window.
+        on: whether windows are switched on.
+    """
+    num_layers = entries.integer("num_hidden_layers")
     types = entries.get("layer_types")
-    first = entries.integer("max_window_layers", 28, low=0)
-    size = entries.get("sliding_window")
-    on = entries.flag("use_sliding_window", False) and size is not None
+    window = entries.raw.get("sliding_window", size)
+    entries.get("sliding_window")
+    on = on and window is not None
     if types is None:
-        types = ["sliding_attention" if on and layer >= first else "full_attention" for layer in range(num_layers)]
+        types = [SLIDING if on and default(layer) else FULL for layer in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers:
         raise entries.refuse("layer_types", f"a list of num_hidden_layers = {num_layers} entries")
     for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in (FULL, SLIDING):
             raise UnsupportedModelError(
-                f"{entries.where}: layer_types names {kind!r}; implemented are 'full_attention', 'sliding_attention'"
+                f"{entries.where}: layer_types names {kind!r}; implemented are {FULL!r}, {SLIDING!r}"
             )
-    if "sliding_attention" in types and not on:
+    if SLIDING in types and not on:
         raise UnsupportedModelError(
-            f"{entries.where}: layer_types names 'sliding_attention', but use_sliding_window is "
-            f"{entries.get('use_sliding_window')!r} and sliding_window is {size!r}: set both, or change layer_types"
+            f"{entries.where}: layer_types names {SLIDING!r}, but use_sliding_window is "
+            f"{entries.get('use_sliding_window')!r} and sliding_window is {window!r}: set both, or change layer_types"
         )
-    window = entries.integer("sliding_window") if on else 0
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    slots = entries.integer("sliding_window", size) if on else 0
+    return [slots if kind == SLIDING else 0 for kind in types]
 
 
-def read_rope(entries: Entries, head_dim: int, max_positions: int) -> RopeConfig:
-    """The rotation, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
+def read_upper_windows(entries: Entries) -> list[int]:
+    """Windows of Qwen2 and Qwen3: from layer `max_window_layers` on, where `use_sliding_window` says so."""
+    first = entries.integer("max_window_layers", 28, low=0)
+    return read_windows(entries, lambda layer: layer >= first, on=entries.flag("use_sliding_window", False))
+
+
+def read_rope(
+    entries: Entries, head_dim: int, max_positions: int, *, theta: float = 10000.0, partial: bool = False
+) -> RopeConfig:
+    """The rotation, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+
+    theta: default of rope_theta. partial: whether a part of each head may be left as it is.
+    """
     new, old = entries.get("rope_parameters"), entries.get("rope_scaling")
     if new and old and new != old:
         raise UnsupportedModelError(
@@ -282,39 +377,56 @@ def read_rope(entries: Entries, head_dim: int, max_positions: int) -> RopeConfig
         )
     rope = Entries(raw, f"{entries.where}: {'rope_parameters' if new else 'rope_scaling'}")
     outer_theta = entries.get("rope_theta")
-    theta = entries.number("rope_theta", 10000.0) if rope.get("rope_theta") is None else rope.number("rope_theta")
-    if outer_theta is not None and outer_theta != theta:
-        raise UnsupportedModelError(
-            f"{entries.where}: rope_theta is {outer_theta} and {theta} in rope_parameters: remove one of them"
-        )
+    if outer_theta is not None:
+        theta = entries.number("rope_theta")
+        if rope.raw.get("rope_theta") not in (None, outer_theta):
+            raise UnsupportedModelError(
+                f"{entries.where}: rope_theta is {outer_theta} and {rope.raw['rope_theta']} in rope_parameters: remove "
+                "one of them"
+            )
+    return parse_rope(rope, entries, head_dim, max_positions, theta=theta, partial=partial)
+
+
+def parse_rope(
+    rope: Entries, entries: Entries, head_dim: int, max_positions: int, *, theta: float, partial: bool = False
+) -> RopeConfig:
+    """The rotation that one set of parameters describes; `entries` is the file around it. See `read_rope`."""
+    theta = rope.number("rope_theta", theta)
     kinds = {kind for kind in (rope.get("rope_type"), rope.get("type")) if kind is not None} or {"default"}
+    kinds = {"longrope" if kind == "su" else kind for kind in kinds}  # the name in the first Phi-3 files
     if len(kinds) > 1 or not kinds <= set(SCALINGS):
         raise UnsupportedModelError(
             f"{rope.where} has rope_type {' and '.join(map(repr, sorted(kinds)))}; implemented: {', '.join(SCALINGS)}"
         )
-    config = _read_scaling(kinds.pop(), theta, rope, entries, head_dim, max_positions)
+    config = _read_scaling(kinds.pop(), theta, rope, entries, head_dim, max_positions, partial)
     rope.finish()
     return config
 
 
 def _read_scaling(
-    scaling: str, theta: float, rope: Entries, entries: Entries, head_dim: int, max_positions: int
+    scaling: str, theta: float, rope: Entries, entries: Entries, head_dim: int, max_positions: int, partial: bool
 ) -> RopeConfig:
-    partial = entries.get("partial_rotary_factor")
-    if partial is not None and rope.get("partial_rotary_factor") is None:
+    outer = entries.get("partial_rotary_factor")
+    if outer is not None and rope.get("partial_rotary_factor") is None:
         rotated = entries.number("partial_rotary_factor")
     else:
         rotated = rope.number("partial_rotary_factor", 1.0)
     if scaling == "proportional":
         return RopeConfig(scaling, theta, factor=rope.number("factor", 1.0), rotated=rotated)
-    if rotated != 1.0:
+    if rotated != 1.0 and not (partial and rotated < 1.0):
         raise UnsupportedModelError(
             f"{entries.where}: partial_rotary_factor is {rotated}; rope scaling {scaling!r} turns whole heads (1.0)"
         )
+    turned = int(head_dim * rotated)
+    if turned % 2 or not turned:
+        raise UnsupportedModelError(
+            f"{entries.where}: partial_rotary_factor is {rotated}, so that {turned} of a head's {head_dim} turn: "
+            "the rotation needs an even number"
+        )
     if scaling == "default":
-        return RopeConfig(scaling, theta)
+        return RopeConfig(scaling, theta, rotated=rotated)
     if scaling in ("linear", "dynamic"):
-        return RopeConfig(scaling, theta, factor=rope.number("factor"))
+        return RopeConfig(scaling, theta, factor=rope.number("factor"), rotated=rotated)
     inner = rope.integer("original_max_position_embeddings", max_positions)
     original = entries.integer("original_max_position_embeddings", inner)
     attention_factor = None if rope.get("attention_factor") is None else rope.number("attention_factor")
@@ -326,8 +438,9 @@ def _read_scaling(
             factor=rope.number("factor", ratio),
             original_positions=original,
             attention_factor=attention_factor,
-            short_factor=rope.numbers("short_factor", head_dim // 2),
-            long_factor=rope.numbers("long_factor", head_dim // 2),
+            short_factor=rope.numbers("short_factor", turned // 2),
+            long_factor=rope.numbers("long_factor", turned // 2),
+            rotated=rotated,
         )
     if scaling == "yarn":
         return RopeConfig(
@@ -341,6 +454,7 @@ def _read_scaling(
             mscale=float(rope.get("mscale") or 0.0),
             mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
             truncate=rope.flag("truncate", True),
+            rotated=rotated,
         )
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if low >= high:
@@ -352,4 +466,5 @@ def _read_scaling(
         original_positions=original,
         low_freq_factor=low,
         high_freq_factor=high,
+        rotated=rotated,
     )

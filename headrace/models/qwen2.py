@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from headrace.layers.attention import Attention
-from headrace.layers.mlp import GatedMLP
 from headrace.layers.placement import Placement
-from headrace.models.config import Entries, ModelConfig, read_decoder
-from headrace.models.decoder import Block, DecoderLM
+from headrace.models.config import Entries, ModelConfig, read_decoder, read_upper_windows
+from headrace.models.decoder import DecoderLM, block
 
 
 def read(entries: Entries) -> ModelConfig:
     """The configuration of a `qwen2` checkpoint."""
-    return read_decoder(entries, attention_bias=True, kv_heads=32, max_positions=32768, windows=True)
+    return read_decoder(
+        entries, attention_bias=True, kv_heads=32, max_positions=32768, windows=read_upper_windows(entries)
+    )
 
 
 def build(config: ModelConfig, *, max_model_len: int | None, place: Placement) -> DecoderLM:
     """An uninitialised model."""
-
-    def block(layer: int) -> Block:
-        attention = Attention(
-            layer,
-            width=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=True,
-            out_bias=False,
-            qk_norm_eps=None,
-            window=config.windows[layer],
-            place=place,
-        )
-        return Block(
-            attention, GatedMLP(config.hidden_size, config.intermediate_size, bias=False, place=place), config, place
-        )
-
-    return DecoderLM(config, block, max_model_len=max_model_len, place=place)
+    return DecoderLM(
+        config,
+        lambda layer: block(config, layer, place, out_bias=False),
+        max_model_len=max_model_len,
+        place=place,
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from headrace.layers.attention import Attention
-from headrace.layers.mlp import GatedMLP
+from headrace.layers.attention import HeadNorm
 from headrace.layers.placement import Placement
-from headrace.models.config import Entries, ModelConfig, read_decoder
-from headrace.models.decoder import Block, DecoderLM
+from headrace.models.config import Entries, ModelConfig, read_decoder, read_upper_windows
+from headrace.models.decoder import DecoderLM, block
 
 
 def read(entries: Entries) -> ModelConfig:
@@ -17,28 +16,15 @@ def read(entries: Entries) -> ModelConfig:
         kv_heads=32,
         head_dim=128,
         max_positions=32768,
-        windows=True,
+        windows=read_upper_windows(entries),
     )
 
 
 def build(config: ModelConfig, *, max_model_len: int | None, place: Placement) -> DecoderLM:
     """An uninitialised model."""
-
-    def block(layer: int) -> Block:
-        attention = Attention(
-            layer,
-            width=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            qk_norm_eps=config.norm_eps,
-            window=config.windows[layer],
-            place=place,
-        )
-        return Block(
-            attention, GatedMLP(config.hidden_size, config.intermediate_size, bias=False, place=place), config, place
-        )
-
-    return DecoderLM(config, block, max_model_len=max_model_len, place=place)
+    return DecoderLM(
+        config,
+        lambda layer: block(config, layer, place, qk_norm=HeadNorm(config.norm_eps)),
+        max_model_len=max_model_len,
+        place=place,
+    )

@@ -9,7 +9,23 @@ from typing import NamedTuple, Protocol
 
 from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headrace.layers.placement import Placement
-from headrace.models import llama, qwen2, qwen3
+from headrace.models import (
+    deepseek,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from headrace.models.base import CausalLM
 from headrace.models.config import Entries, ModelConfig
 
@@ -93,3 +109,16 @@ def build_model(config: ModelConfig, *, max_model_len: int | None, place: Placem
 register("llama", ["LlamaForCausalLM"], read=llama.read, build=llama.build)
 register("qwen2", ["Qwen2ForCausalLM"], read=qwen2.read, build=qwen2.build)
 register("qwen3", ["Qwen3ForCausalLM"], read=qwen3.read, build=qwen3.build)
+register("qwen3_moe", ["Qwen3MoeForCausalLM"], read=qwen3_moe.read, build=qwen3_moe.build)
+register("mistral", ["MistralForCausalLM"], read=mistral.read, build=mistral.build)
+register("mixtral", ["MixtralForCausalLM"], read=mixtral.read, build=mixtral.build)
+register("phi3", ["Phi3ForCausalLM"], read=phi3.read, build=phi3.build)
+register("gemma2", ["Gemma2ForCausalLM"], read=gemma2.read, build=gemma2.build)
+register("gemma3_text", ["Gemma3ForCausalLM"], read=gemma3.read, build=gemma3.build)
+register("olmo2", ["Olmo2ForCausalLM"], read=olmo2.read, build=olmo2.build)
+register("smollm3", ["SmolLM3ForCausalLM"], read=smollm3.read, build=smollm3.build)
+register("granite", ["GraniteForCausalLM"], read=granite.read, build=granite.build)
+register("gpt2", ["GPT2LMHeadModel"], read=gpt2.read, build=gpt2.build)
+register("gpt_oss", ["GptOssForCausalLM"], read=gpt_oss.read, build=gpt_oss.build)
+register("deepseek_v2", ["DeepseekV2ForCausalLM"], read=deepseek.read_v2, build=deepseek.build)
+register("deepseek_v3", ["DeepseekV3ForCausalLM"], read=deepseek.read_v3, build=deepseek.build)

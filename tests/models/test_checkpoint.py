@@ -122,7 +122,7 @@ def test_random_weights(tmp_path: Path) -> None:
 def test_max_model_len(tmp_path: Path) -> None:
     write_config(tmp_path)
     assert load(tmp_path, load_format="random").max_model_len == 64
-    assert load(tmp_path, load_format="random", max_model_len=10).rotary.cos_PD.shape == (10, 5)
+    assert load(tmp_path, load_format="random", max_model_len=10).rotaries[0].cos_PD.shape == (10, 5)
     with pytest.raises(ConfigError, match=r"max_model_len is 65; the model holds 64 positions .* max_model_len <= 64"):
         load(tmp_path, load_format="random", max_model_len=65)
     with pytest.raises(ConfigError, match="max_model_len is 0; it must be at least 1"):

@@ -156,7 +156,7 @@ def test_windows(tmp_path: Path) -> None:
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]; known model types"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "implemented: LlamaForCausalLM"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu'; it must be one of 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "method 'gptq'; quantised checkpoints are not implemented"),
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; it must be one of float64"),
         ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be one of float64"),

@@ -52,6 +52,121 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+OPTIONS |= {
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-windows": ("mistral", {"sliding_window": 6, "head_dim": 8, "num_key_value_heads": 5}),
+    "phi3": ("phi3", {}),
+    "phi3-partial-windows": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "hidden_size": 80, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "phi3-partial-longrope": (
+        "phi3",
+        {
+            "hidden_size": 80,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.1 * i for i in range(6)],
+                "long_factor": [2.0 + 0.5 * i for i in range(6)],
+            },
+        },
+    ),
+    "gemma2": ("gemma2", {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-no-caps": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+        },
+    ),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 4, "query_pre_attn_scalar": 12}),
+    "gemma3-linear-rope": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 5}),
+    "olmo2-groups-bias": ("olmo2", {"attention_bias": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "smollm3-biases-windows": (
+        "smollm3",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0625,
+        },
+    ),
+    "granite-tied-biases": ("granite", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "gpt2": ("gpt2", {"num_key_value_heads": ..., "intermediate_size": ...}),
+    "gpt2-inner-untied": (
+        "gpt2",
+        {
+            "num_key_value_heads": ...,
+            "intermediate_size": ...,
+            "n_inner": 70,
+            "activation_function": "relu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mixtral": ("mixtral", {}),
+    "mixtral-windows": ("mixtral", {"sliding_window": 6, "num_experts_per_tok": 3, "num_key_value_heads": 5}),
+    "qwen3-moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3-moe-mixed-layers": (
+        "qwen3_moe",
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
+    ),
+    "gpt-oss": ("gpt_oss", {"num_hidden_layers": 3, "swiglu_limit": 0.5}),
+    "gpt-oss-no-window": (
+        "gpt_oss",
+        {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "deepseek-v2": ("deepseek_v2", {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1}),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.5, "mlp_bias": False},
+    ),
+    "deepseek-v3": ("deepseek_v3", {"num_hidden_layers": 3}),
+    "deepseek-v3-yarn": (
+        "deepseek_v3",
+        {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
+        },
+    ),
+    "deepseek-v3-halves": ("deepseek_v3", {"rope_interleave": False, "tie_word_embeddings": True}),
+}
+
 HALF = 6  # pairs of a head in the base configuration: 60 / 5 / 2
 SCALINGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 500000.0},

@@ -132,7 +132,7 @@ def test_reach(name: str, reach: int) -> None:
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "su"}, "rope_type 'su'; implemented: default, linear"),
+        ({"rope_type": "mrope"}, "rope_type 'mrope'; implemented: default, linear"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "'linear' and 'yarn'"),
         ({"rope_type": "linear"}, "factor is None; it must be a positive number"),
         ({"rope_type": "linear", "factor": -1}, "factor is -1; it must be a positive number"),

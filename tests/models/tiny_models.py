@@ -11,27 +11,82 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "olmo2": "Olmo2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "gpt2": "GPT2",
+    "gpt_oss": "GptOss",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+CONFIGS = {"gemma3_text": "Gemma3TextConfig"}
+MODELS = {"gpt2": "GPT2LMHeadModel"}
+LATENT = {
+    "kv_lora_rank": 14,
+    "q_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 5,
+    "n_group": 3,
+    "topk_group": 2,
+}
+EXPERTS = {"intermediate_size": 92, "num_local_experts": 5, "num_experts_per_tok": 2}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "head_dim": 12},
+    "mixtral": EXPERTS,
+    "gemma2": {"head_dim": 12, "sliding_window": 5},
+    "gemma3_text": {"head_dim": 12, "sliding_window": 5, "sliding_window_pattern": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gpt_oss": EXPERTS | {"head_dim": 12, "sliding_window": 5},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | {"first_k_dense_replace": 1},
+}
+"""What families need besides, by default."""
 
 
 def reference(family: str, directory: Path, *, seed: int = 0, max_shard_size: str = "1GB", **options: Any) -> Any:
     """A transformers model of odd sizes with lively random weights, saved to the directory."""
-    options = {
-        "vocab_size": 131,
-        "hidden_size": 60,
-        "intermediate_size": 90,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-    } | options
-    config = getattr(transformers, CLASSES[family] + "Config")(**options)
-    model = getattr(transformers, CLASSES[family] + "ForCausalLM")(config).eval()
+    options = (
+        {
+            "vocab_size": 131,
+            "hidden_size": 60,
+            "intermediate_size": 90,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        | DEFAULTS.get(family, {})
+        | options
+    )
+    options = {key: value for key, value in options.items() if value is not ...}
+    config = getattr(transformers, CONFIGS.get(family, CLASSES[family] + "Config"))(**options)
+    model = getattr(transformers, MODELS.get(family, CLASSES[family] + "ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Much larger than an initialisation: attention is then far from uniform, and norms and biases matter.
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+            parameter.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
 

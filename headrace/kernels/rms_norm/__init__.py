@@ -21,7 +21,7 @@ def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
 
     Args:
         x_RE: [..., E], any strides; left as it is.
-        weight_E: [E], or [N, E] for x [..., N, E]: one weight a head.
+        weight_E: [E], or [N, E] for x [..., N, E]: one weight a head. Of the type of x, or wider.
         eps: added to the mean square.
 
     Returns:
@@ -41,6 +41,6 @@ def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     if x_RE.is_cuda:
         from headrace.kernels.rms_norm import gpu  # Triton is loaded where it is used
 
-        if x_RE.dtype in gpu.TYPES and weight_E.dtype is x_RE.dtype:
+        if x_RE.dtype in gpu.TYPES and weight_E.dtype in gpu.TYPES:
             return gpu.rms_norm_gpu(x_RE, weight_E, eps)
     return rms_norm_reference(x_RE, weight_E, eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def rms_norm_reference(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """See `headrace.kernels.rms_norm.rms_norm`. Any device and floating dtype."""
-    if weight_E.dim() == 1:
+    if weight_E.dim() == 1 and weight_E.dtype is x_RE.dtype:
         return F.rms_norm(x_RE, weight_E.shape, weight_E, eps)
     kind = torch.float64 if x_RE.dtype == torch.float64 else torch.float32
     return F.rms_norm(x_RE.to(kind), x_RE.shape[-1:], None, eps).mul_(weight_E).to(x_RE.dtype)
