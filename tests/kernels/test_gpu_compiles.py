@@ -11,7 +11,7 @@ import pytest
 
 NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
 NAMES |= {"_place", "_walk", "_gather", "_pack", "_turn"}
-NAMES |= {"multiply_row", "multiply_tile"}
+NAMES |= {"multiply_row", "multiply_tile", "multiply_experts"}
 NAMES |= {"list_tiles", "attend_tiles", "merge_splits", "write_rows"}
 MOST_SHARED = 227 * 2**10
 """Bytes of shared memory that a program can have on compute capability 9.0."""

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import by_rows, reference, squares
-from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded, rows_beside_prompts
+from headrace.kernels.attention.gpu_shape import (
+    Chip,
+    Heads,
+    Shape,
+    choose_shape,
+    padded,
+    parts_of_group,
+    rows_beside_prompts,
+)
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
 from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
@@ -159,6 +167,12 @@ def attend(
     has_sinks = sinks_H is not None
     sinks_H = out_RHD if sinks_H is None else sinks_H.contiguous()  # a kernel wants a tensor for what it does not read
     kinds = Heads(group, kv_heads, size, v_size, dtype.itemsize)
+    parts = parts_of_group(kinds)
+    if parts > 1 and kv_heads == 1:
+        # As many key/value heads, all of them the same one.
+        k_pool_KPSD, v_pool_KPSD = (pool.expand(parts, -1, -1, -1) for pool in (k_pool_KPSD, v_pool_KPSD))
+        group, kv_heads = group // parts, parts
+        kinds = kinds._replace(group=group, kv_heads=kv_heads)
     shape = plan.shape(kinds)
     few = rows_beside_prompts(shape, plan.n_reqs, kinds)
     is_split = shape.n_splits > 1
