@@ -46,7 +46,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 E = TypeVar("E", bound=Led)
 
-ANSWER_S = 120.0
+ANSWER_S = 300.0
 """Seconds that a rank waits for another one at most."""
 LOAD_S = 3600.0
 """Seconds that the weights may take: from a network disk they take long."""
@@ -84,6 +84,8 @@ class _Linked(Ranks):
             options = nccl.Options()
             options._timeout = limit
             self._groups.append(nccl(c10d.PrefixStore("device", store), self.rank, self.size, options))
+            # NCCL takes its buffers at the first call: they have to be there when free memory is looked at.
+            self.all_reduce_(torch.zeros(1, device="cuda"))
 
     def all_reduce_(self, x: Tensor) -> None:
         # One rank adds up and the others copy its sum, in gloo's rings as in NCCL's rings and trees: same bits for all.
@@ -215,7 +217,9 @@ class Lead(_Linked):
             self._meet(self._crew.folder)
 
     def over(self) -> None:
-        """The engine is not used any more; the others wait for the next one."""
+        """The engine is not used any more; the others wait for the next one, if they have not ended."""
+        if self._crew.over.is_set():
+            return
         self._settle(0)
         self._crc = 0
         self._tell("over", None)

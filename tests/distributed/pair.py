@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float64",
     "page_size": 4,
-    "num_pages": 40,
+    "num_pages": 34,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 13,
     "max_model_len": 96,
@@ -51,8 +51,9 @@ def both(
     config = EngineConfig(model=str(directory), tensor_parallel_size=2, **(TINY | options))
     settings = Settings(config, directory, "cpu")
     lead.begin(change(settings))
+    front = start(settings, load_tokenizer(settings), lead)
     try:
-        yield start(settings, load_tokenizer(settings), lead)
+        yield front
     finally:  # a failed test must not leave the other rank waiting
         lead.over()
 
@@ -62,7 +63,7 @@ def work(engine: Engine, wants: dict[str, Any] | None = None, drop: int = 6) -> 
     wants = wants or {}
     found: dict[str, list[Request]] = {}
     for i, prompt in enumerate([*PROMPTS, REPEATING, PROMPTS[1]]):
-        params: dict[str, Any] = {"temperature": 0.8 * (i % 2), "max_tokens": 24, "seed": i, "ignore_eos": True}
+        params: dict[str, Any] = {"temperature": 0.8 * (i % 2), "max_tokens": 16, "seed": i, "ignore_eos": True}
         if i == 1:
             params |= {"n": 3}
         if i == 2:
@@ -77,7 +78,7 @@ def work(engine: Engine, wants: dict[str, Any] | None = None, drop: int = 6) -> 
         if steps == drop:
             engine.abort("5")
         if steps == 2 * drop:  # finds its prefix
-            again = SamplingParams(temperature=0.8, max_tokens=24, seed=9, ignore_eos=True)
+            again = SamplingParams(temperature=0.8, max_tokens=16, seed=9, ignore_eos=True)
             found["late"] = engine.add([*PROMPTS[0], 1, 2], dataclasses.replace(again, **wants), request_id="late")
     engine.check_idle()
     return found

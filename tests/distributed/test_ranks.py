@@ -126,7 +126,7 @@ def test_schedules(options: dict[str, Any], counts: list[str], lead: Lead, model
     assert all(getattr(engine.stats, name) for name in counts)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_narrow_types_differ_at_near_ties_only(
     dtype: str, lead: Lead, models: dict[str, Path], events: Counter[str]
 ) -> None:
