@@ -32,8 +32,7 @@ class EngineConfig:
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on the CPU", choices=DTYPES)
     load_format: str = option("auto", "random: random weights of the right shapes", choices=("auto", "random"))
     tensor_parallel_size: int = option(
-        1,
-        "ranks among which heads and feed-forward widths are divided: processes, on GPUs one for each of so many GPUs",
+        1, "processes, on GPUs one a GPU, among which the heads and the feed-forward width of every layer are divided"
     )
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     max_num_seqs: int = option(256, "most requests that hold cache at once")

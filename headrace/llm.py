@@ -38,7 +38,9 @@ class LLM:
     ----------
     model: directory or hub id of a checkpoint; the bundled model if None.
     options: fields of `EngineConfig`, e.g. device, dtype, load_format, max_model_len, max_num_seqs,
-        max_num_batched_tokens, gpu_memory_utilization, seed, skip_tokenizer_init.
+        max_num_batched_tokens, gpu_memory_utilization, seed, skip_tokenizer_init. With `tensor_parallel_size` above 1
+        other processes are started; if one of them fails, or Ctrl-C interrupts a call, all end, and what follows is
+        EngineDeadError.
 
     Raises ConfigError for options that cannot work, CheckpointError for broken files.
     """
