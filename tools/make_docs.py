@@ -89,8 +89,8 @@ def _pairs() -> list[str]:
 def _ranks() -> list[str]:
     """The parts with which an engine on several ranks does not start."""
     lines = [
-        "With `tensor_parallel_size` above 1 every part runs in `tests/distributed/test_ranks.py`: either the tokens are",
-        "those of one rank, or the engine refuses to start with a sentence.",
+        "With `tensor_parallel_size` above 1 every part runs in `tests/distributed/test_ranks.py`: either the tokens",
+        "are those of one rank, or the engine refuses to start with a sentence.",
         "",
         "| part | what the engine says |",
         "| --- | --- |",
