@@ -154,6 +154,7 @@ def test_logits_are_compared_bit_by_bit(model: Path, tmp_path: Path) -> None:
     assert steps_until_found_out(lead, model, lambda settings: settings._replace(path=tmp_path)) < 6
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     """Rank 0 gets the other one's own error, and the process ends."""
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
