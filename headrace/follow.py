@@ -14,10 +14,9 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from headrace.errors import RequestError
 from headrace.front import TextFront
 from headrace.start import Settings, load_tokenizer, start
-from headrace.team import Member, watch_parent
+from headrace.team import Member, is_refusal, watch_parent
 
 
 def main() -> int:
@@ -50,8 +49,10 @@ def _follow(member: Member, settings: Settings) -> None:
         name, args, kwargs = call
         try:
             result = getattr(front.engine, name)(*args, **kwargs)
-        except RequestError:  # rank 0 has told the caller
-            result = None
+        except Exception as error:
+            if not is_refusal(error, name):
+                raise
+            result = error  # rank 0 has told the caller
         _forget(front, result)
         member.done(front.engine, result)
 

@@ -108,7 +108,20 @@ class _Linked(Ranks):
         self._crc = zlib.crc32(x.cpu().contiguous().view(torch.uint8).numpy().tobytes(), self._crc)
 
     def _number(self, engine: Led, result: Any) -> int:
-        return zlib.crc32(f"{engine.digest(result)} {self._crc}".encode())
+        refused = type(result).__name__ if isinstance(result, Exception) else ""
+        return zlib.crc32(f"{engine.digest(result)} {self._crc} {refused}".encode())
+
+
+def is_refusal(error: BaseException, command: str) -> bool:
+    """Whether a command was refused, which leaves the engine unharmed and happens on all ranks alike.
+
+    What Python itself says of bad arguments is one too, but in a step, which has none, it is a failure.
+    """
+    if isinstance(error, HeadraceError):
+        return not isinstance(error, (EngineDeadError, InvariantError))
+    return command != "step" and isinstance(
+        error, (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+    )
 
 
 @dataclass
@@ -241,17 +254,18 @@ class Lead(_Linked):
             self._send(call)
             try:
                 result = method(engine, *args, **kwargs)
-            except RequestError:  # refused, by all of them
-                self._due.append(self._number(engine, None))
+            except Exception as error:
+                if is_refusal(error, method.__name__):  # as by all of them
+                    self._due.append(self._number(engine, error))
                 raise
             if self._crew.lost:  # on a GPU the step has ended with anything
                 raise EOFError("a rank has ended")
             self._due.append(self._number(engine, result))
             self._settle(BEHIND if engine.has_work else 0)
             return result
-        except RequestError:
-            raise
         except BaseException as error:
+            if is_refusal(error, method.__name__):
+                raise
             told = self.failed(error)
             if told is error:
                 raise
@@ -395,7 +409,7 @@ class Member(_Linked):
         return call
 
     def done(self, engine: Led, result: Any) -> None:
-        """The command was run."""
+        """The command was run: what it returned, or the error with which it was refused."""
         self._link.send(("done", self._number(engine, result)))
 
     def agree(self, value: T) -> T:

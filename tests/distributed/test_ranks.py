@@ -160,6 +160,8 @@ def test_deadlines_refusals_and_records(lead: Lead, models: dict[str, Path]) -> 
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
         with pytest.raises(RequestError, match="vocabulary"):
             engine.add([1, 2, 10_000], params, request_id="wrong")
+        with pytest.raises((TypeError, ValueError)):
+            engine.add(["a", None], params, request_id="worse")  # type: ignore[list-item]
         with pytest.raises(RequestError, match="cannot be sent"):
             engine.add([1, 2], params, request_id="odd", arrival_s=(x for x in [1.0]))  # type: ignore[arg-type]
         (late,) = engine.add(PROMPTS[0], params, request_id="late", deadline_s=0.05)
