@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: `python -m headrace.follow`, started by `headrace.team.Lead`.
+"""The process of a rank other than 0: started by `headrace.team.Lead`.
 
 It loads its share of the model, makes the same engine, and runs what rank 0 runs, until rank 0 has no more work for it
 or has ended. Its tokenizer finds stop strings, which end requests; other text it makes none.

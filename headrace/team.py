@@ -1,6 +1,6 @@
 """Ranks in several processes of one machine: rank 0 leads, the others follow.
 
-Rank 0 is the process of the caller. It starts the others (`python -m headrace.follow`), and whatever they need to
+Rank 0 is the process of the caller. It starts the others (`headrace.follow`), and whatever they need to
 decide as it does goes down one pipe to each, in the order in which rank 0 does it: commands, then the values that are
 agreed on while they run. Nothing goes back but a number behind each command, by which rank 0 sees that nobody has gone
 another way. Layers meet in all-reduces: gloo on the CPU, NCCL on GPUs.
@@ -54,6 +54,14 @@ GRACE_S = 3.0
 """Seconds that others have to say what went wrong, and to end by themselves."""
 WATCH_S = 0.25
 """Seconds between two looks at the other processes."""
+BOOT = """\
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+import headrace  # this one, whatever is installed
+del sys.path[0]
+runpy.run_module("headrace.follow", run_name="__main__")
+"""
+"""`python -m headrace.follow`, of the package that is running here."""
 BEHIND = 2
 """Commands whose numbers rank 0 does not wait for while there is work: a short delay of another rank costs nothing."""
 
@@ -195,18 +203,24 @@ class Lead(_Linked):
         """This rank's numbers that the others have not been compared with."""
         if device == "cpu":
             torch.set_num_threads(max(1, crew.threads // size))
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.ERROR
         for rank in range(1, size):
             ours, theirs = Pipe()
-            words = [rank, size, theirs.fileno(), os.getpid(), torch.get_num_threads(), level]
+            words = [
+                Path(__file__).parent.parent,
+                device,
+                rank,
+                size,
+                theirs.fileno(),
+                os.getpid(),
+                torch.get_num_threads(),
+                level,
+            ]
             crew.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "headrace.follow", device, *map(str, words)],
+                    [sys.executable, "-c", BOOT, *map(str, words)],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=os.environ | {"PYTHONPATH": path},
                 )
             )
             crew.links.append(ours)

@@ -17,12 +17,14 @@ import pytest
 import torch
 from pair import PROMPTS, TINY, both
 from safetensors.torch import load_file, save_file
-from tiny import run_all
+from tiny import make_engine, run_all
 from tiny_models import reference
+from toy import toy
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.config import EngineConfig
 from headrace.errors import CheckpointError, ConfigError, EngineDeadError, InvariantError
+from headrace.ranks import Ranks
 from headrace.start import Settings, gather
 from headrace.team import Lead
 
@@ -250,3 +252,8 @@ def test_layers_that_are_not_divided_are_refused(model: Path, monkeypatch: pytes
     config = EngineConfig(model=str(model), **(TINY | {"tensor_parallel_size": 2}))
     with pytest.raises(ConfigError, match="are not divided among ranks yet"):
         gather(Settings(config, model, "cpu"))
+
+
+def test_layers_with_fixed_states_are_refused() -> None:
+    with pytest.raises(ConfigError, match="fixed states, which are not divided"):
+        make_engine(model=toy("RA"), tensor_parallel_size=2, ranks=Ranks(0, 2))
