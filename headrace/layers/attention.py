@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from headrace.errors import ConfigError
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rotary import rotate_
 from headrace.layers.linear import Linear
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         transposed: whether the checkpoint stores weights as [inputs, outputs].
 
     Raises:
-        ConfigError: ranks cannot divide the heads, or would have to for a norm over all of them.
+        ConfigError: ranks cannot divide the heads.
     """
 
     def __init__(
@@ -116,11 +116,6 @@ class Attention(nn.Module):
         self.sinks_H = place.empty(heads) if sinks else None
         self.norm_ND: nn.Parameter | None = None
         if qk_norm is not None:
-            if qk_norm.whole and place.ranks.size > 1:
-                raise ConfigError(
-                    f"tensor_parallel_size is {place.ranks.size}, and the model normalises queries and keys over all "
-                    "heads, of which no rank has all: use tensor_parallel_size=1"
-                )
             # One weight a head although heads may share it: queries and keys are then normalised in one operation.
             self.norm_ND = (place.widened() if qk_norm.offset else place).empty(heads + kv_heads, head_dim)
 
@@ -166,13 +161,29 @@ class Attention(nn.Module):
         if norm is not None and self.qk_norm is not None and self.qk_norm.whole:
             weight_ND, eps = norm
             sizes = (self.heads, self.kv_heads)
-            for x_RND, w_ND in zip(qk_RND.split(sizes, 1), weight_ND.split(sizes), strict=True):
-                x_RND.copy_(rms_norm(x_RND.flatten(1), w_ND.flatten(), eps).view(x_RND.shape))
+            if self.ranks.size > 1:
+                qk_RND = self._norm_over_ranks(qk_RND, weight_ND, eps)
+            else:
+                for x_RND, w_ND in zip(qk_RND.split(sizes, 1), weight_ND.split(sizes), strict=True):
+                    x_RND.copy_(rms_norm(x_RND.flatten(1), w_ND.flatten(), eps).view(x_RND.shape))
         elif norm is not None:
             qk_RND = rms_norm(qk_RND, *norm)
         if rotation is not None:
             rotate_(qk_RND[..., : rotation.size], *rotation.pair)
         return qk_RND
+
+    def _norm_over_ranks(self, qk_RND: Tensor, weight_ND: Tensor, eps: float) -> Tensor:
+        """The norm over all query heads, and over all key heads, of which this rank has its share.
+
+        All ranks have equally many, so the mean over all is the mean of the ranks' means.
+        """
+        sizes = (self.heads, self.kv_heads)
+        wide_RND = qk_RND.to(torch.promote_types(qk_RND.dtype, torch.float32))
+        mean_R2 = torch.stack([x_RND.square().mean((1, 2)) for x_RND in wide_RND.split(sizes, 1)], 1)
+        self.ranks.all_reduce_(mean_R2)
+        scale_R2 = torch.rsqrt(mean_R2 / self.ranks.size + eps)
+        scale_RN = torch.cat([scale_R2[:, i : i + 1].expand(-1, n) for i, n in enumerate(sizes)], 1)
+        return (wide_RND * scale_RN[:, :, None] * weight_ND).to(qk_RND.dtype)
 
     def loaded(self) -> None:
         """The parameters are the checkpoint's."""
@@ -186,6 +197,8 @@ class Attention(nn.Module):
         if self.sinks_H is not None:
             found[f"{name}.sinks"] = cut(self.sinks_H, 0, self.ranks)
         if self.norm_ND is not None and self.qk_norm is not None:
-            for part, w_ND in zip("qk", self.norm_ND.split((self.heads, self.kv_heads)), strict=True):
-                found[f"{name}.{part}_norm.weight"] = [w_ND.flatten()] if self.qk_norm.whole else list(w_ND)
+            sizes = (self.heads, self.kv_heads)
+            for part, w_ND, parts in zip("qk", self.norm_ND.split(sizes), self.qkv.parts, strict=False):
+                whole = self.qk_norm.whole
+                found[f"{name}.{part}_norm.weight"] = cut(w_ND.flatten(), 0, self.ranks, parts) if whole else list(w_ND)
         return found

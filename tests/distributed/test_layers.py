@@ -39,7 +39,7 @@ def share(directory: Path, ranks: Ranks) -> tuple[CausalLM, list[torch.Tensor]]:
     return model, dense_logits(model, SEQUENCES)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "olmo2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_two_and_four_ranks(name: str, tmp_path: Path) -> None:
     make(name, tmp_path)
     whole, expected = share(tmp_path, Ranks())
@@ -102,7 +102,6 @@ def test_random_weights_are_those_of_one_rank(name: str, tmp_path: Path) -> None
         ("llama", {"intermediate_size": 97}, 2, "feed-forward width = 97"),
         ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, 2, "num_key_value_heads = 3"),
         ("mixtral", {"intermediate_size": 99}, 2, "feed-forward width of experts = 99"),
-        ("olmo2", {}, 2, "over all heads"),
     ],
 )
 def test_refusals(name: str, changes: dict[str, Any], size: int, words: str, tmp_path: Path) -> None:

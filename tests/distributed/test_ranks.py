@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "gpt-oss": ("gpt_oss", {}),
+    "olmo2": ("olmo2", {}),
     "deepseek-v3": ("deepseek_v3", {"num_key_value_heads": 4}),
 }
 ENGINE = {field.name for field in dataclasses.fields(EngineConfig)}
