@@ -17,6 +17,8 @@ import logging
 import os
 import pickle
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -108,9 +110,12 @@ class _Linked(Ranks):
         options = dist.AllreduceOptions()
         options.reduceOp = how
         options.asyncOp = False  # NCCL: on the stream of the step, so that a recording holds it
-        work = group.allreduce([x], options)
-        if work is not None:
-            work.wait()
+        try:
+            work = group.allreduce([x], options)
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise LostError(f"rank {self.rank} has not met the others in an all-reduce: {error}") from error
 
     def witness(self, x: Tensor) -> None:
         self._crc = zlib.crc32(x.cpu().contiguous().view(torch.uint8).numpy().tobytes(), self._crc)
@@ -118,6 +123,10 @@ class _Linked(Ranks):
     def _number(self, engine: Led, result: Any) -> int:
         refused = type(result).__name__ if isinstance(result, Exception) else ""
         return zlib.crc32(f"{engine.digest(result)} {self._crc} {refused}".encode())
+
+
+class LostError(EngineDeadError):
+    """Another rank did not do its part; it may have said why."""
 
 
 def is_refusal(error: BaseException, command: str) -> bool:
@@ -206,6 +215,8 @@ class Lead(_Linked):
         level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.ERROR
         for rank in range(1, size):
             ours, theirs = Pipe()
+            with socket.socket(fileno=os.dup(ours.fileno())) as end:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(ANSWER_S), 0))
             words = [
                 Path(__file__).parent.parent,
                 device,
@@ -303,14 +314,17 @@ class Lead(_Linked):
     def _send(self, packed: bytes) -> None:
         if self._crew.over.is_set():
             raise self._death()
-        for link in self._crew.links:
-            link.send_bytes(packed)
+        for rank, link in enumerate(self._crew.links, 1):
+            try:
+                link.send_bytes(packed)
+            except BlockingIOError:
+                raise LostError(f"rank {rank} has not taken a message for {ANSWER_S:.0f} s") from None
 
     def _hear(self, rank: int, kind: str, limit_s: float) -> Any:
         """The next message of a rank. Raises what the rank failed with."""
         link = self._crew.links[rank - 1]
         if not link.poll(limit_s):
-            raise EngineDeadError(f"rank {rank} has not answered for {limit_s:.0f} s")
+            raise LostError(f"rank {rank} has not answered for {limit_s:.0f} s")
         found, value = link.recv()
         if found == "error":
             raise _ToldError(rank, value)
@@ -348,7 +362,7 @@ class Lead(_Linked):
         """What happened to another rank, if that is why rank 0 has met an error."""
         if isinstance(error, _ToldError):
             return error.error
-        outside = isinstance(error, (RuntimeError, OSError, EOFError)) and not isinstance(error, HeadraceError)
+        outside = isinstance(error, (LostError, OSError, EOFError)) or self._crew.lost
         until = time.monotonic() + (GRACE_S if outside else 0.0)
         lost: BaseException | None = None
         open_ranks = set(range(1, self.size))

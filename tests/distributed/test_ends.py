@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from tiny import make_engine, run_all
 from tiny_models import reference
 from toy import toy
 
-from headrace import LLM, AsyncLLM, SamplingParams
+from headrace import LLM, AsyncLLM, SamplingParams, team
 from headrace.config import EngineConfig
 from headrace.errors import CheckpointError, ConfigError, EngineDeadError, InvariantError
 from headrace.ranks import Ranks
@@ -121,6 +122,29 @@ def test_a_rank_that_dies_while_nobody_asks(model: Path) -> None:
     asyncio.run(serve())
 
 
+def ask_for_ever(llm: LLM, steps: bool) -> None:
+    for number in itertools.count():
+        llm.engine.add(PROMPTS[0], PARAMS, request_id=str(number))
+        if steps:
+            llm.engine.step()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step, and where it takes no more messages."""
+    monkeypatch.setattr(team, "ANSWER_S", 2.0)
+    for fill in (False, True):
+        llm = LLM(str(model), **(TINY | {"tensor_parallel_size": 2}))
+        assert isinstance(llm._ranks, Lead)
+        (process,) = llm._ranks._crew.processes
+        os.kill(process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match="has not"):
+            ask_for_ever(llm, steps=not fill)
+        assert time.monotonic() - began < 3 * SOON_S
+        assert process.poll() is not None
+
+
 def steps_until_found_out(lead: Lead, model: Path, change: Callable[[Settings], Settings], **options: bool) -> int:
     """Output tokens of an engine until rank 0 notices that the other one is not made as it should be."""
     try:
@@ -174,7 +198,7 @@ def test_a_rank_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from headrace import LLM, AsyncLLM, SamplingParams
+from headrace import LLM, AsyncLLM, team, SamplingParams
 options = {"skip_tokenizer_init": True, "device": "cpu", "num_pages": 512, "max_num_batched_tokens": 64}
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **options)
 params = SamplingParams(max_tokens=200, ignore_eos=True)
