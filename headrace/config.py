@@ -77,8 +77,8 @@ class EngineConfig:
     )
     swap_space_gib: float | None = option(
         None,
-        "GiB of host memory for such copies at most; when they are full, requests are recomputed; 0: none are made; if "
-        "not given, 4 on a GPU and 0.5 on the CPU",
+        "GiB of host memory for such copies at most, on all ranks together; when they are full, requests are "
+        "recomputed; 0: none are made; if not given, 4 on a GPU and 0.5 on the CPU",
     )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
