@@ -132,7 +132,7 @@ def test_narrow_types_differ_at_near_ties_only(
     dtype: str, lead: Lead, models: dict[str, Path], events: Counter[str]
 ) -> None:
     """Where a token differs, both were about as likely: the sum over ranks is rounded otherwise than one product."""
-    events.update({"equal": 0})
+    events.update({"equal": 0} if dtype == "float32" else {"near-tie": 0})
     params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=8, ignore_eos=True)
     runs = []
     for front in (alone(models["llama"], dtype=dtype), None):
