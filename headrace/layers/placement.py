@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headrace.errors import ConfigError
 from headrace.ranks import ONE, Ranks
 
 CACHE_LINE = 64
@@ -40,6 +41,21 @@ class Placement(NamedTuple):
             columns = torch.empty(inputs, outputs + CACHE_LINE // self.dtype.itemsize, dtype=self.dtype)
             return nn.Parameter(columns[:, :outputs].t(), requires_grad=False)
         return self.empty(outputs, inputs)
+
+
+DIVIDED = ("device", "dtype", "ranks")
+"""Fields of a placement with which ranks divide layers; any other one has to be taught that first."""
+
+
+def check_divisible(place: Placement) -> None:
+    """Raise ConfigError for several ranks beside something that layers cannot divide among them."""
+    asked = [name for name, default in place._field_defaults.items() if getattr(place, name) is not default]
+    others = [name for name in asked if name not in DIVIDED]
+    if place.ranks.size > 1 and others:
+        raise ConfigError(
+            f"tensor_parallel_size is {place.ranks.size}, and the model is loaded with {', '.join(others)}, which is "
+            "not divided among ranks yet: leave one of the two out"
+        )
 
 
 class Pieces(list[Tensor]):

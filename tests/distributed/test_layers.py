@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from threads import ThreadRanks, on_ranks
 from tiny_models import CLASSES, reference
 
 from headrace.errors import ConfigError
-from headrace.layers.placement import Pieces, Placement
+from headrace.layers.placement import Pieces, Placement, check_divisible
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.models.registry import build_model, read_config
-from headrace.ranks import Ranks
+from headrace.ranks import ONE, Ranks
 
 NAMES = [next(name for name, (family, _) in OPTIONS.items() if family == wanted) for wanted in CLASSES]
 EVEN = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96}
@@ -112,6 +112,23 @@ def test_refusals(name: str, changes: dict[str, Any], size: int, words: str, tmp
     with pytest.raises(ConfigError, match=words) as refusal:
         build_model(read_config(tmp_path), max_model_len=None, place=place)
     assert f"tensor_parallel_size is {size}" in str(refusal.value)
+
+
+def test_what_layers_cannot_divide_is_refused(tmp_path: Path) -> None:
+    """A deployment adds a field to the placement: beside ranks it is refused until somebody lists it as divided."""
+
+    class Wider(NamedTuple):
+        device: torch.device
+        dtype: torch.dtype
+        ranks: Ranks = ONE
+        storage: str | None = None
+
+    check_divisible(Wider(torch.device("meta"), torch.float32, ONE, "int4"))  # type: ignore[arg-type]
+    check_divisible(Wider(torch.device("meta"), torch.float32, Ranks(0, 2)))  # type: ignore[arg-type]
+    make("llama", tmp_path)
+    place: Any = Wider(torch.device("meta"), torch.float32, Ranks(0, 2), "int4")
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 2, and the model is loaded with storage"):
+        build_model(read_config(tmp_path), max_model_len=None, place=place)
 
 
 def test_one_rank_reads_no_more_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
