@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -21,10 +22,10 @@ from headrace.team import Member, is_refusal, watch_parent
 
 def main() -> int:
     """The whole process. Returns its exit status."""
-    device, *words = sys.argv[1:]
+    device, folder, *words = sys.argv[1:]
     rank, size, fileno, parent, threads, level = map(int, words)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; rank 0 decides what follows
-    watch_parent(parent)
+    watch_parent(parent, folder)
     logging.basicConfig(level=level, format=f"%(name)s, rank {rank}: %(message)s")
     if device == "cpu":
         torch.set_num_threads(threads)
@@ -39,6 +40,8 @@ def main() -> int:
     except BaseException as error:
         member.failed(error)
         return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # where a rank ends, all end; rank 0 may have been killed
     return 0
 
 

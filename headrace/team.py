@@ -220,6 +220,7 @@ class Lead(_Linked):
             words = [
                 Path(__file__).parent.parent,
                 device,
+                crew.folder,
                 rank,
                 size,
                 theirs.fileno(),
@@ -460,12 +461,13 @@ class Member(_Linked):
         return value
 
 
-def watch_parent(parent: int) -> None:
-    """End this process when its parent has ended, wherever it waits."""
+def watch_parent(parent: int, folder: str) -> None:
+    """End this process when its parent has ended, wherever it waits, and remove what the parent has left behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(WATCH_S)
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="headrace-parent", daemon=True).start()

@@ -212,23 +212,25 @@ while True:
     "how",
     [pytest.param(signal.SIGKILL, id="kill"), pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow)],
 )
-def test_ranks_end_with_rank_0(how: signal.Signals, model: Path) -> None:
+def test_ranks_end_with_rank_0(how: signal.Signals, model: Path, tmp_path: Path) -> None:
     script = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(model)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
     )
     assert script.stdout is not None
     assert script.stdout.readline() == "ready\n"
     (other,) = children(script.pid)
+    assert list(tmp_path.glob("headrace-*"))
     time.sleep(0.3)
     # As from a terminal, where all processes of the group get it.
     os.killpg(script.pid, how) if how is signal.SIGINT else os.kill(script.pid, how)
     _, errors = script.communicate(timeout=30)
     assert soon(lambda: not alive(other))
+    assert not list(tmp_path.glob("headrace-*"))
     if how is signal.SIGINT:
         assert script.returncode in (130, -signal.SIGINT)
         assert errors.rstrip().endswith("KeyboardInterrupt")
