@@ -67,7 +67,11 @@ class AsyncLLM:
         if front is not None and (model is not None or options):
             given = ", ".join([*(["model"] if model is not None else []), *options])
             raise ConfigError(f"a front is given, and so is {given}: its model is loaded already; give one of them")
-        front = LLM(model, **options).front if front is None else front
+        self._own: LLM | None = None
+        """Ends with this object."""
+        if front is None:
+            self._own = LLM(model, **options)
+            front = self._own.front
         if front.live or front.engine.has_work:
             raise ConfigError("the front is in use: let its requests end, or shut down the AsyncLLM that drives it")
         front.live = True
@@ -189,6 +193,8 @@ class AsyncLLM:
         those that wait for room, and later calls, get EngineDeadError. A second call does nothing."""
         self._worker.stop()
         await asyncio.to_thread(self._worker.thread.join)
+        if self._own:
+            await asyncio.to_thread(self._own.shutdown)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -539,6 +545,8 @@ class _Worker:
                 deadline_s=stream.deadline_s,
                 arrival_s=stream.arrival_s,
             )
+        except EngineDeadError:
+            raise
         except Exception as error:  # refused; the engine is unharmed
             stream.fail(error)
             self._rung[stream.news] = stream

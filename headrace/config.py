@@ -36,6 +36,9 @@ class EngineConfig:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on the CPU", choices=DTYPES)
     load_format: str = option("auto", "random: random weights of the right shapes", choices=("auto", "random"))
+    tensor_parallel_size: int = option(
+        1, "processes, on GPUs one a GPU, among which the heads and the feed-forward width of every layer are divided"
+    )
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     max_num_seqs: int = option(256, "most requests that hold cache at once")
     max_num_batched_tokens: int | None = option(
@@ -68,7 +71,9 @@ class EngineConfig:
     selector_budget: int | None = option(None, "older slots (tokens) that a row reads at most; needs a selector")
     page_size: int = option(16, "slots (tokens) a cache page")
     kv_cache_gib: float | None = option(
-        None, "GiB for the cache; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: a fifth)"
+        None,
+        "GiB for the cache, on each rank; if not given, a share of what is free (GPU: see gpu_memory_utilization; CPU: "
+        "a fifth)",
     )
     num_pages: int | None = option(None, "pages of the cache, instead of kv_cache_gib")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights, work space and cache")
@@ -86,8 +91,8 @@ class EngineConfig:
     )
     swap_space_gib: float | None = option(
         None,
-        "GiB of host memory for such copies at most; when they are full, requests are recomputed; 0: none are made; if "
-        "not given, 4 on a GPU and 0.5 on the CPU",
+        "GiB of host memory for such copies at most, on all ranks together; when they are full, requests are "
+        "recomputed; 0: none are made; if not given, 4 on a GPU and 0.5 on the CPU",
     )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
@@ -102,6 +107,7 @@ class EngineConfig:
                 f"tokenizer is {self.tokenizer!r}, but skip_tokenizer_init loads none: leave out one of the two"
             )
         for name, low, high in (
+            ("tensor_parallel_size", 1, MOST),
             ("max_num_seqs", 1, MOST),
             ("page_size", 1, MOST),
             ("draft_tokens", 1, 1024),

@@ -8,6 +8,7 @@ print(out[0].outputs[0].text)
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -19,22 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-import torch
 from tqdm import tqdm
 
 from headrace.checks import show, whole_number
 from headrace.config import EngineConfig
 from headrace.engine.adapters import LoadedAdapter
-from headrace.engine.engine import Engine
-from headrace.errors import ConfigError, RequestError, TokenizerError
-from headrace.front import Encoded, Prompt, TextFront, TextHook
-from headrace.layers.adapters import AdapterBank
-from headrace.models.checkpoint import load_model, resolve_model
+from headrace.errors import EngineDeadError, RequestError, TokenizerError
+from headrace.front import Encoded, Prompt, TextHook
+from headrace.models.checkpoint import resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
 from headrace.request import Request
-from headrace.text.tokenizer import Tokenizer
+from headrace.start import Settings, choose_device, gather, load_tokenizer, start
 
 log = logging.getLogger("headrace")
 
@@ -52,7 +50,9 @@ class LLM:
     ----------
     model: directory or hub id of a checkpoint; the bundled model if None.
     options: fields of `EngineConfig`, e.g. device, dtype, load_format, max_model_len, max_num_seqs,
-        max_num_batched_tokens, gpu_memory_utilization, seed, skip_tokenizer_init.
+        max_num_batched_tokens, gpu_memory_utilization, seed, skip_tokenizer_init. With `tensor_parallel_size` above 1
+        other processes are started; if one of them fails, or Ctrl-C interrupts a call, all end, and what follows is
+        EngineDeadError.
 
     Raises ConfigError for options that cannot work, CheckpointError for broken files.
     """
@@ -61,40 +61,28 @@ class LLM:
         if model is None and options.get("draft_model") is None and "draft_model" in str(options.get("decoder")):
             options = {**options, "draft_model": str(BUNDLED_DRAFT)}  # the bundled model brings its drafter
         self.config = EngineConfig(model=cast("str | None", model), **options)
-        device = _choose_device(self.config.device)
+        device = choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
-        self.tokenizer: Tokenizer | None = None
-        if not self.config.skip_tokenizer_init:
-            tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
-            self.tokenizer = Tokenizer.from_dir(tokenizer_path)
-        places = self.config.adapter_places
-        network = load_model(
-            str(path),
-            device=device,
-            dtype=self.config.dtype,
-            load_format=self.config.load_format,
-            max_model_len=self.config.max_model_len,
-            seed=self.config.seed,
-            adapters=AdapterBank(places, self.config.max_adapter_rank) if places else None,
-        )
-        if self.tokenizer and self.tokenizer.vocab_size > network.config.vocab_size:
-            log.warning(
-                "the tokenizer knows %d tokens and the model %d: a prompt with one of the others is refused",
-                self.tokenizer.vocab_size,
-                network.config.vocab_size,
-            )
-        eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
-        self.engine = Engine(self.config, network, eos_ids=eos_ids)
-        if self.config.draft_model and not any(decoder.models for decoder in self.engine.decoders.values()):
-            raise ConfigError(
-                f"draft_model is {self.config.draft_model!r}, but decoder={self.config.decoder!r} runs no model of its "
-                "own: leave it out, or load a decoder that drafts with a model"
-            )
-        self.front = TextFront(self.engine, self.tokenizer)
+        settings = Settings(self.config, path, device)
+        self.tokenizer = load_tokenizer(settings)
+        self._ranks = gather(settings)
+        try:
+            self.front = start(settings, self.tokenizer, self._ranks)
+        except BaseException as error:
+            told = self._ranks.failed(error)
+            if told is error:
+                raise
+            raise told from told.__cause__
+        self.engine = self.front.engine
         self._ids = itertools.count()
         self._busy = threading.Lock()
+
+    def shutdown(self) -> None:
+        """End the processes of the other ranks, if there are any; the model cannot be used behind that. A second call
+        does nothing. They also end with this object, and with this process."""
+        self._ranks.shutdown()
 
     # Generation
 
@@ -241,8 +229,9 @@ class LLM:
                     return self._drain(queued, use_tqdm, on_output, let_through)
                 except BaseException:
                     # An interrupted call must not leave requests behind that the next call would run.
-                    for request_id in queued:
-                        self.engine.abort(request_id)
+                    with contextlib.suppress(EngineDeadError):
+                        for request_id in queued:
+                            self.engine.abort(request_id)
                     raise
                 finally:
                     self.front.on_text = None
@@ -321,15 +310,6 @@ def interrupts_between_steps() -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
     let_through()
-
-
-def _choose_device(name: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ConfigError(
-            "device is 'cuda'; torch finds no GPU here: use device='cpu' or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu")
 
 
 def _as_batch(prompts: Any) -> list[Prompt]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from headrace import errors
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.errors import HeadraceError
+from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
+from headrace.ranks import ONE, Ranks
 from tools.bad_input import Bench, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +56,7 @@ def systems_page() -> str:
         ]
         lines.append("")
     lines += ["## Pairs", "", *_pairs(), ""]
+    lines += ["## Ranks", "", *_ranks(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
     lines += [
@@ -83,6 +88,22 @@ def _pairs() -> list[str]:
     return lines + [f"| {one} | {other} | {sentence} |" for one, other, sentence in refused]
 
 
+def _ranks() -> list[str]:
+    """The parts with which an engine on several ranks does not start."""
+    lines = [
+        "With `tensor_parallel_size` above 1 every part runs in `tests/distributed/test_ranks.py`: either the tokens",
+        "are those of one rank, or the engine refuses to start with a sentence.",
+        "",
+        "| part | what the engine says |",
+        "| --- | --- |",
+    ]
+    with _tiny() as (directory, model):
+        for part in itertools.chain.from_iterable(REGISTRIES):
+            sentence = _refusal({**part.example, "tensor_parallel_size": 2}, directory, model, Ranks(size=2))
+            lines += [f"| {part.name} | {sentence} |"] if sentence else []
+    return lines
+
+
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -99,24 +120,36 @@ TINY = {
 
 def _refused() -> list[tuple[str, str, str]]:
     """Pairs of parts with which an engine does not start, and its sentence."""
-    fields = {f.name for f in dataclasses.fields(EngineConfig)}
     refused = []
+    with _tiny() as (directory, model):
+        for seam, another in itertools.combinations(REGISTRIES, 2):
+            for one, other in itertools.product(seam, another):
+                sentence = _refusal({**one.example, **other.example}, directory, model)
+                if sentence:
+                    refused.append((one.name, other.name, sentence))
+    return refused
+
+
+@contextlib.contextmanager
+def _tiny() -> Iterator[tuple[str, CausalLM]]:
+    """A tiny model, and a directory that holds it."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(TINY))
         model = load_model(directory, device="cpu", dtype="float32", load_format="random", seed=0)
         tensors = {name: views[0].contiguous() for name, views in model.tensors().items()}
         save_file(tensors, str(Path(directory) / "model.safetensors"))
-        for seam, another in itertools.combinations(REGISTRIES, 2):
-            for one, other in itertools.product(seam, another):
-                given = {**one.example, **other.example}
-                options: dict[str, Any] = {
-                    k: directory if v == "<checkpoint>" else v for k, v in given.items() if k in fields
-                }
-                try:
-                    Engine(EngineConfig(num_pages=64, max_num_seqs=2, max_num_batched_tokens=16, **options), model)
-                except HeadraceError as refusal:
-                    refused.append((one.name, other.name, str(refusal)))
-    return refused
+        yield directory, model
+
+
+def _refusal(given: dict[str, Any], directory: str, model: CausalLM, ranks: Ranks = ONE) -> str:
+    """What an engine with these options says instead of starting; nothing if it starts."""
+    fields = {f.name for f in dataclasses.fields(EngineConfig)}
+    options: dict[str, Any] = {k: directory if v == "<checkpoint>" else v for k, v in given.items() if k in fields}
+    try:
+        Engine(EngineConfig(num_pages=64, max_num_seqs=2, max_num_batched_tokens=16, **options), model, ranks=ranks)
+    except HeadraceError as refusal:
+        return str(refusal)
+    return ""
 
 
 def options_page() -> str:

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_headrace(llm: LLM, works: Sequence[Work]) -> float:
     """Seconds for all requests; the prefix cache starts empty."""
-    llm.engine.cache.drop_idle()
+    llm.engine.forget_prefixes()
     params = [
         SamplingParams(temperature=0.0, max_tokens=w.output_tokens, ignore_eos=True, detokenize=False) for w in works
     ]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from headrace.ranks import ONE, Ranks
+
 
 @dataclass
 class Move:
@@ -36,11 +38,14 @@ class Move:
     """Those of them that others see too and a fresh page replaced."""
 
 
-def plan_move(keep_LKm: Tensor, n: int, page_size: int) -> Move:
-    """The move that keeps `keep_LKm` (ascending) of `n` slots. Waits for the device."""
+def plan_move(keep_LKm: Tensor, n: int, page_size: int, ranks: Ranks = ONE) -> Move:
+    """The move that keeps `keep_LKm` (ascending) of `n` slots. Waits for the device.
+
+    Ranks keep other slots, each of its own heads, in the same pages: they settle on the first that any of them writes.
+    """
     m = keep_LKm.shape[2]
     stays_m = (keep_LKm == torch.arange(m, device=keep_LKm.device)).flatten(0, 1).all(0)
-    staying = int(stays_m.int().cumprod(0).sum())
+    staying = ranks.least(int(stays_m.int().cumprod(0).sum()))
     pages = -(-m // page_size)
     first_page = pages if staying == m else staying // page_size
     first = min(first_page * page_size, m)

@@ -28,6 +28,7 @@ from headrace.cache.pages import TRASH, PagePool
 from headrace.cache.prefix import PrefixIndex, PrefixNode
 from headrace.errors import ConfigError, InvariantError
 from headrace.kernels.place import place
+from headrace.ranks import ONE, Ranks
 from headrace.request import Request
 from headrace.step import LayerState, Mirror, PageCodec, flush
 
@@ -116,7 +117,9 @@ class CacheManager:
         device: torch.device,
         prefix_caching: bool,
         namespace: str,
+        ranks: Ranks = ONE,
     ) -> None:
+        self._ranks = ranks
         self.groups = list(groups)
         self.page_size = page_size
         self.n_pages = n_pages
@@ -420,7 +423,7 @@ class CacheManager:
         Returns what was done by group, or None, with nothing changed, if pages lack for that: call again when others
         have given some back. A request that shares with nobody never lacks any.
         """
-        moves = {g: plan_move(keep_LKm, request.slots(g), self.page_size) for g, keep_LKm in keep.items()}
+        moves = {g: plan_move(keep_LKm, request.slots(g), self.page_size, self._ranks) for g, keep_LKm in keep.items()}
         for g, move in moves.items():
             pages, pool = request.pages[g], self.pools[g]
             lost = [k for k in move.rewritten if not self._owned(g, pages[k])]

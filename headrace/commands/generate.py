@@ -201,7 +201,7 @@ def _logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[int, fl
 
 
 def _one_at_a_time(llm: LLM, jobs: Sequence[Job]) -> tuple[list[RequestOutput], float]:
-    llm.engine.cache.drop_idle()  # else the second run would find its prompts in the prefix cache
+    llm.engine.forget_prefixes()  # else the second run would find its prompts in the prefix cache
     outputs = []
     start_s = time.perf_counter()
     for i, job in enumerate(jobs):

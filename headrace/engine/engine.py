@@ -42,17 +42,22 @@ from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
+from headrace.ranks import ONE, Ranks, command
 from headrace.request import Finish, Logprob, PositionLogprobs, Request, State, check_record
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
 from headrace.selection.base import Selector, load_selector
+from headrace.step import LayerState
 from headrace.tables import MAX_STOP_IDS, RequestTable
 
 log = logging.getLogger("headrace")
 
 PLAIN = next(iter(DECODERS)).name
 """The decoder that every engine has: the first one registered."""
+
+DIGESTED_TOKENS = 8
+"""Newest tokens of each request that ranks compare behind a step."""
 
 TokenHook = Callable[[Request, list[int]], str | None]
 """Called with a request and its new tokens; a string ends the request (a stop string was completed)."""
@@ -112,10 +117,12 @@ class Engine:
         *,
         eos_ids: Sequence[int] = (),
         clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks = ONE,
     ) -> None:
-        """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. Raises
-        ConfigError or CapacityError."""
+        """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. `ranks` are those
+        among which the model's layers are divided. Raises ConfigError or CapacityError."""
         self.config = config
+        self.ranks = ranks
         self.clock = clock
         self.model = model
         self.eos_ids = tuple(eos_ids)
@@ -132,6 +139,7 @@ class Engine:
         self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
         self.selector = load_selector(config, model.layer_states())
         check_cache_parts(config, self.codec, self.selector, self.evictors)
+        check_ranks(ranks.size, config, model.layer_states(), self.selector)
         codecs = [self.codec, *(own_codec for _ in own_models)]
         # Decoders' own models keep and read everything.
         forms = [self._form(), *(own_codec.form(self.device) for _ in own_models)]
@@ -143,7 +151,7 @@ class Engine:
             own_states = [state for own in part.models for state in own.layer_states()]
             check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
-        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes)
+        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
@@ -161,6 +169,7 @@ class Engine:
             prefix_caching=config.enable_prefix_caching and not state_groups,
             namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size} "
             f"codec {config.codec}",
+            ranks=ranks,
         )
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
@@ -169,6 +178,7 @@ class Engine:
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         graphs = StepGraphs(self.device) if config.cuda_graphs and self.device.type == "cuda" else None
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
+        self.runner.witness = ranks.witness if config.check_invariants and graphs is None else None
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked
         self._flight: _Flight | None = None
@@ -183,12 +193,14 @@ class Engine:
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
         if config.max_num_batched_tokens is None:
-            self.budget, self.step_times_s = measure_knee(self.runner.time_step, most_rows)
+            self.budget, self.step_times_s = measure_knee(
+                lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows
+            )
         self.stats = EngineStats()
-        limit_bytes = swap_space_bytes(config, self.device.type)
+        limit_bytes = swap_space_bytes(config, self.device.type) // ranks.size
         self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
         row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
-        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats)
+        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}
@@ -226,6 +238,7 @@ class Engine:
 
     # Requests come and go
 
+    @command
     def add(
         self,
         prompt_ids: Sequence[int],
@@ -248,7 +261,7 @@ class Engine:
         check_urgency(priority, deadline_s)
         check_request_id(request_id)
         tokens = self.check(prompt_ids, params)
-        arrival_s = self.clock() if arrival_s is None else arrival_s
+        arrival_s = self.ranks.agree(self.clock()) if arrival_s is None else arrival_s
         if request_id in self._by_id:
             raise RequestError(f"request_id {show(request_id)} is in use: choose another one")
         seed = params.seed
@@ -292,6 +305,7 @@ class Engine:
         self._derived(params, len(tokens), 0, 0)
         return tokens
 
+    @command
     def resume(self, record: dict[str, Any]) -> Request:
         """Queue a request from its portable record; it continues with the tokens it would have had.
 
@@ -327,7 +341,7 @@ class Engine:
             )
         request = Request.from_record(record, **derived)
         self._check_whole(request)
-        request.arrival_s = self.clock()
+        request.arrival_s = self.ranks.agree(self.clock())
         left_s = record["deadline_left_s"]
         request.deadline_at_s = None if left_s is None else request.arrival_s + left_s
         self._enqueue(request)
@@ -366,6 +380,7 @@ class Engine:
         """The portable record of a request as it stands now; the request itself goes on."""
         return request.to_record(self.clock())
 
+    @command
     def abort(self, request_id: str) -> list[Request]:
         """End all samples of a request now. Unknown or finished ids are no error. Returns those that ended."""
         check_request_id(request_id)
@@ -376,6 +391,11 @@ class Engine:
         if not self._running:
             self._land()
         return ended
+
+    @command
+    def forget_prefixes(self) -> None:
+        """Forget all cached prefixes that no request holds (new weights, benchmarks)."""
+        self.cache.drop_idle()
 
     @property
     def has_work(self) -> bool:
@@ -404,6 +424,7 @@ class Engine:
 
     # One step
 
+    @command
     def step(self) -> list[Request]:
         """Run one step. Returns the requests whose new tokens or ends are known since the last call.
 
@@ -502,7 +523,10 @@ class Engine:
 
     def _end_late(self) -> list[Request]:
         """End the requests whose deadline has passed; returns them."""
-        if self._next_deadline_s == math.inf or (now_s := self.clock()) < self._next_deadline_s:
+        if self._next_deadline_s == math.inf:
+            return []
+        now_s = self.ranks.agree(self.clock())
+        if now_s < self._next_deadline_s:
             return []
         timed = [r for group in self._by_id.values() for r in group if r.deadline_at_s is not None]
         late = [r for r in timed if r.deadline_at_s is not None and r.deadline_at_s <= now_s]
@@ -780,6 +804,15 @@ class Engine:
 
     # Books
 
+    def digest(self, result: Any) -> int:
+        """A number of what a command returned, tokens included, and of the free pages: the same on every rank."""
+        requests = [r for r in result if isinstance(r, Request)] if isinstance(result, list) else []
+        brought = [
+            (r.arrival, r.n_tok, r.n_done, r.drafted, int(r.finish), *r.tokens[-DIGESTED_TOKENS:]) for r in requests
+        ]
+        # Whole numbers alone: the hash of anything else differs from process to process.
+        return hash((*brought, len(self._running), len(self._waiting), self._arrivals, *self.cache.available))
+
     def audit(self) -> None:
         """Raise InvariantError unless pages, indices and clocks agree with the requests that hold them.
 
@@ -972,6 +1005,28 @@ def check_cache_parts(config: EngineConfig, codec: Codec, selector: Selector, ev
         raise ConfigError(
             f"selector={config.selector!r} chooses among whole pages of tokens, and evictor={moving[0]!r} moves slots "
             "between them: load one of the two"
+        )
+
+
+def check_ranks(size: int, config: EngineConfig, states: Sequence[LayerState], selector: Selector) -> None:
+    """Raise ConfigError for parts that ranks with different heads would decide differently, and for a number of ranks
+    that is not the one asked for."""
+    if size != config.tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, and the engine is started on {size} ranks: start "
+            "it by LLM or AsyncLLM, which start the ranks"
+        )
+    if size == 1:
+        return
+    if selector.selects:
+        raise ConfigError(
+            f"selector={config.selector!r} chooses pages by the keys of all heads of a layer, and with "
+            f"tensor_parallel_size={size} no rank has all of them: leave one of the two out"
+        )
+    if any(state.kind == "fixed" for state in states):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and the model has layers with fixed states, which are not divided: use "
+            "tensor_parallel_size=1"
         )
 
 

@@ -17,6 +17,7 @@ from headrace.cache.swap import Spilled, SwapSpace
 from headrace.config import EngineConfig
 from headrace.engine.upkeep import Upkeep
 from headrace.memory import GIB, check_memory
+from headrace.ranks import Ranks
 from headrace.request import Request
 
 SWAP_SPACE_GIB = {"cpu": 0.5, "cuda": 4.0}
@@ -80,11 +81,19 @@ class Preemption:
     Args:
         row_s: seconds a row of a large step, if that was measured.
         stats: counts what is done.
+        ranks: agree on what rank 0's seconds say.
     """
 
     def __init__(
-        self, config: EngineConfig, space: SwapSpace, upkeep: Upkeep, row_s: float | None, stats: SwapStats
+        self,
+        config: EngineConfig,
+        space: SwapSpace,
+        upkeep: Upkeep,
+        row_s: float | None,
+        stats: SwapStats,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.mode, self.space, self.upkeep, self.stats = config.preemption, space, upkeep, stats
         self.costs = Costs(row_s, space.time_copy() if space.limit_bytes else 0.0)
 
@@ -98,7 +107,7 @@ class Preemption:
             return True
         if not any(request.dropped) and not self.space.states.groups:
             return False
-        return self.costs.swap_is_cheaper(request.n_done, self.space.bytes_of(request))
+        return self.ranks.agree(self.costs.swap_is_cheaper(request.n_done, self.space.bytes_of(request)))
 
     def leave(self, request: Request) -> bool:
         """A victim is about to be released: copy its cache out if that is the better way. Returns whether it was."""

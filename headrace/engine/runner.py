@@ -256,6 +256,8 @@ class Runner:
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
         self.graphs = graphs
+        self.witness: Callable[[Tensor], None] | None = None
+        """Where logits are shown for comparison among ranks; None: they are not."""
         self._padded: _Padded | None = None
         self._built: _Built | None = None
         # Room for the widest step and, where steps are padded, for the widest bucket.
@@ -377,6 +379,8 @@ class Runner:
             hidden_ME = self.model(rows.tok, context, wanted_M)
         self._tick(clock)
         raw_MV = self._logits(hidden_ME[: outs.n_draw])
+        if self.witness is not None:
+            self.witness(raw_MV)
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
         self._tick(clock)
         drawn = self._draw(rows, raw_MV, processors, segments)

@@ -13,6 +13,7 @@ from headrace.config import EngineConfig
 from headrace.errors import CapacityError, ConfigError
 from headrace.memory import GIB, available_memory_bytes, check_memory
 from headrace.memory import size as size_of
+from headrace.ranks import ONE, Ranks
 from headrace.step import MASK_WORDS
 
 log = logging.getLogger("headrace")
@@ -73,8 +74,9 @@ def choose_pages(
     device: torch.device,
     max_len: int,
     state_bytes: int = 0,
+    ranks: Ranks = ONE,
 ) -> int:
-    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states.
+    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold.
 
     Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if what was asked
     for, or the states, or not even one page fit, ConfigError for a number of pages where no layer keeps any.
@@ -90,7 +92,10 @@ def choose_pages(
         way_out = f"lower num_pages or page_size, which is {config.page_size}"
         check_memory(f"num_pages is {config.num_pages}, which takes", asked + state_bytes, device, way_out)
         return config.num_pages
-    free_bytes = available_memory_bytes(device)
+    # What one rank takes must not be missing when the next one looks.
+    free_bytes = ranks.least(available_memory_bytes(device))
+    if device.type == "cpu":
+        free_bytes //= ranks.size  # they share one machine's memory
     if config.kv_cache_gib is not None:
         budget = int(config.kv_cache_gib * GIB)
         if budget > free_bytes:
@@ -122,7 +127,7 @@ def choose_pages(
             f"{size_of(max(budget, 0))} for the cache hold no page of {size_of(size(1))} beside the one that "
             "holds nothing: free memory, or raise gpu_memory_utilization or kv_cache_gib"
         )
-    return pages
+    return ranks.least(pages)
 
 
 def fit_length(config: EngineConfig, model_len: int, n_pages: int) -> int:

@@ -80,7 +80,8 @@ class Evictor(ABC):
     def score(self, cells: Cells) -> Tensor:
         """fp32, [L, K, n] or anything that broadcasts to it: the best are kept, among equals the oldest.
 
-        +inf: kept in any case; -inf: kept only if nothing else is left.
+        +inf: kept in any case; -inf: kept only if nothing else is left. A cell's scores depend on its own keys, never
+        on those of other cells: with several ranks, a rank sees the cells of its own heads.
         """
 
 

@@ -88,6 +88,10 @@ def use_torch_threads(limit: int | None = None) -> int:
     return threads
 
 
+# Here, because loading a compiled kernel starts the pool too, and then nobody knows what torch's setting was.
+use_torch_threads()
+
+
 def _pointer(typing_context: Any, address: Any) -> Any:
     """For compiled code: a pointer from an integer address, as `carray` takes it.
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rotary import rotate_
 from headrace.layers.linear import Linear
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Placement, cut
 from headrace.layers.rotary import Rotation
 from headrace.step import LayerState, StepContext, Turn
 
@@ -63,7 +64,8 @@ class Attention(nn.Module):
     Args:
         layer: index by which the step knows this layer's cache.
         width: model width E.
-        heads, kv_heads, head_dim: H, K and D; H is a multiple of K.
+        heads, kv_heads, head_dim: H, K and D; H is a multiple of K. Ranks divide the heads; where there are fewer
+            key/value heads than ranks, neighbours hold the same one.
         qkv_bias, out_bias: biases of the input and output projections.
         qk_norm: the norm of queries and keys; None: there is none.
         window: tokens that a row sees, itself included; 0: all.
@@ -74,6 +76,9 @@ class Attention(nn.Module):
         names: checkpoint names of the input projections, or of all of them stored as one.
         out_name: that of the output projection.
         transposed: whether the checkpoint stores weights as [inputs, outputs].
+
+    Raises:
+        ConfigError: ranks cannot divide the heads.
     """
 
     def __init__(
@@ -97,13 +102,17 @@ class Attention(nn.Module):
         transposed: bool = False,
     ) -> None:
         super().__init__()
+        heads, parts = place.ranks.share(heads, "num_attention_heads")
+        kv_heads, kv_parts = place.ranks.share_or_copy(kv_heads, "num_key_value_heads")
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, heads, kv_heads, head_dim
         self.window, self.softcap = window, softcap
         self.qk_norm = qk_norm
         self.scale = head_dim**-0.5 if scale is None else scale
         self.names, self.out_name, self.transposed = tuple(names), out_name, transposed
-        self.qkv = Linear(width, [n * head_dim for n in (heads, kv_heads, kv_heads)], bias=qkv_bias, place=place)
-        self.out = Linear(heads * head_dim, [width], bias=out_bias, place=place)
+        widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+        self.qkv = Linear(width, widths, bias=qkv_bias, place=place, split="outputs", parts=(parts, kv_parts, kv_parts))
+        self.out = Linear(heads * head_dim, [width], bias=out_bias, place=place, split="inputs")
+        self.ranks = place.ranks
         self.sinks_H = place.empty(heads) if sinks else None
         self.norm_ND: nn.Parameter | None = None
         if qk_norm is not None:
@@ -152,13 +161,29 @@ class Attention(nn.Module):
         if norm is not None and self.qk_norm is not None and self.qk_norm.whole:
             weight_ND, eps = norm
             sizes = (self.heads, self.kv_heads)
-            for x_RND, w_ND in zip(qk_RND.split(sizes, 1), weight_ND.split(sizes), strict=True):
-                x_RND.copy_(rms_norm(x_RND.flatten(1), w_ND.flatten(), eps).view(x_RND.shape))
+            if self.ranks.size > 1:
+                qk_RND = self._norm_over_ranks(qk_RND, weight_ND, eps)
+            else:
+                for x_RND, w_ND in zip(qk_RND.split(sizes, 1), weight_ND.split(sizes), strict=True):
+                    x_RND.copy_(rms_norm(x_RND.flatten(1), w_ND.flatten(), eps).view(x_RND.shape))
         elif norm is not None:
             qk_RND = rms_norm(qk_RND, *norm)
         if rotation is not None:
             rotate_(qk_RND[..., : rotation.size], *rotation.pair)
         return qk_RND
+
+    def _norm_over_ranks(self, qk_RND: Tensor, weight_ND: Tensor, eps: float) -> Tensor:
+        """The norm over all query heads, and over all key heads, of which this rank has its share.
+
+        All ranks have equally many, so the mean over all is the mean of the ranks' means.
+        """
+        sizes = (self.heads, self.kv_heads)
+        wide_RND = qk_RND.to(torch.promote_types(qk_RND.dtype, torch.float32))
+        mean_R2 = torch.stack([x_RND.square().mean((1, 2)) for x_RND in wide_RND.split(sizes, 1)], 1)
+        self.ranks.all_reduce_(mean_R2)
+        scale_R2 = torch.rsqrt(mean_R2 / self.ranks.size + eps)
+        scale_RN = torch.cat([scale_R2[:, i : i + 1].expand(-1, n) for i, n in enumerate(sizes)], 1)
+        return (wide_RND * scale_RN[:, :, None] * weight_ND).to(qk_RND.dtype)
 
     def loaded(self) -> None:
         """The parameters are the checkpoint's."""
@@ -170,8 +195,10 @@ class Attention(nn.Module):
         found = self.qkv.tensors(*(f"{name}.{part}" for part in self.names), transposed=self.transposed)
         found |= self.out.tensors(f"{name}.{self.out_name}", transposed=self.transposed)
         if self.sinks_H is not None:
-            found[f"{name}.sinks"] = [self.sinks_H]
+            found[f"{name}.sinks"] = cut(self.sinks_H, 0, self.ranks)
         if self.norm_ND is not None and self.qk_norm is not None:
-            for part, w_ND in zip("qk", self.norm_ND.split((self.heads, self.kv_heads)), strict=True):
-                found[f"{name}.{part}_norm.weight"] = [w_ND.flatten()] if self.qk_norm.whole else list(w_ND)
+            sizes = (self.heads, self.kv_heads)
+            for part, w_ND, parts in zip("qk", self.norm_ND.split(sizes), self.qkv.parts, strict=False):
+                whole = self.qk_norm.whole
+                found[f"{name}.{part}_norm.weight"] = cut(w_ND.flatten(), 0, self.ranks, parts) if whole else list(w_ND)
         return found

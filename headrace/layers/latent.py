@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headrace.kernels.rotary import rotate_
 from headrace.layers.linear import Linear
 from headrace.layers.norm import RMSNorm
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Placement, cut
 from headrace.layers.rotary import Rotation
 from headrace.step import LayerState, StepContext
 
@@ -31,7 +31,7 @@ class LatentAttention(nn.Module):
     Args:
         layer: index by which the step knows this layer's cache.
         width: model width E.
-        heads: H.
+        heads: H, which ranks divide.
         query_latent: size of the queries' own latent; 0: queries are made from x.
         latent: C.
         plain, rotated, values: sizes n, p and V.
@@ -58,16 +58,20 @@ class LatentAttention(nn.Module):
         place: Placement,
     ) -> None:
         super().__init__()
+        heads, parts = place.ranks.share(heads, "num_attention_heads")
+        self.ranks = place.ranks
         self.layer, self.heads, self.latent = layer, heads, latent
         self.plain, self.rotated, self.values = plain, rotated, values
         self.interleaved, self.scale = interleaved, scale
         queries = heads * (plain + rotated)
-        self.inputs = Linear(width, [query_latent or queries, latent + rotated], bias=bias, place=place)
-        self.query = Linear(query_latent, [queries], bias=False, place=place) if query_latent else None
+        # Latents are for all heads: every rank makes them.
+        widths, cuts = [query_latent or queries, latent + rotated], (1 if query_latent else parts, 1)
+        self.inputs = Linear(width, widths, bias=bias, place=place, split="outputs", parts=cuts)
+        self.query = Linear(query_latent, [queries], bias=False, place=place, split="outputs") if query_latent else None
         self.query_norm = RMSNorm(query_latent, EPS, place) if query_latent else None
         self.latent_norm = RMSNorm(latent, EPS, place)
         self.key_value_HXC = place.empty(heads, plain + values, latent)
-        self.out = Linear(heads * values, [width], bias=bias, place=place)
+        self.out = Linear(heads * values, [width], bias=bias, place=place, split="inputs")
 
     @property
     def state(self) -> LayerState:
@@ -107,5 +111,5 @@ class LatentAttention(nn.Module):
         if self.query is not None and self.query_norm is not None:
             found |= self.query_norm.tensors(f"{name}.q_a_layernorm") | self.query.tensors(f"{name}.q_b_proj")
         found |= self.latent_norm.tensors(f"{name}.kv_a_layernorm")
-        found[f"{name}.kv_b_proj.weight"] = [self.key_value_HXC.data.flatten(0, 1)]
+        found[f"{name}.kv_b_proj.weight"] = cut(self.key_value_HXC.data.flatten(0, 1), 0, self.ranks)
         return found | self.out.tensors(f"{name}.o_proj")

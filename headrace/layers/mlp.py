@@ -43,7 +43,7 @@ class GatedMLP(nn.Module):
     """Gated feed-forward layer with gate and up as one product.
 
     Args:
-        width, hidden: E and F.
+        width, hidden: E and F, which ranks divide.
         bias: whether every projection has a bias.
         place: device and type of the parameters.
         activation: of the gate, a name of `ACTIVATIONS`.
@@ -61,8 +61,9 @@ class GatedMLP(nn.Module):
         names: Sequence[str] = ("gate_proj", "up_proj"),
     ) -> None:
         super().__init__()
-        self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place)
-        self.down = Linear(hidden, [width], bias=bias, place=place)
+        hidden = place.ranks.share(hidden, "feed-forward width").size
+        self.gate_up = Linear(width, [hidden, hidden], bias=bias, place=place, split="outputs")
+        self.down = Linear(hidden, [width], bias=bias, place=place, split="inputs")
         self.activation, self.names = activation, tuple(names)
 
     def forward(self, x_RE: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
@@ -89,7 +90,7 @@ class PlainMLP(nn.Module):
     """Feed-forward layer without a gate, with biases, its weights stored as [inputs, outputs] (GPT-2).
 
     Args:
-        width, hidden: E and F.
+        width, hidden: E and F, which ranks divide.
         place: device and type of the parameters.
         activation: a name of `ACTIVATIONS`.
         names: checkpoint names of the two projections.
@@ -99,8 +100,9 @@ class PlainMLP(nn.Module):
         self, width: int, hidden: int, *, place: Placement, activation: str, names: tuple[str, str] = ("c_fc", "c_proj")
     ) -> None:
         super().__init__()
-        self.up = Linear(width, [hidden], bias=True, place=place)
-        self.down = Linear(hidden, [width], bias=True, place=place)
+        hidden = place.ranks.share(hidden, "feed-forward width").size
+        self.up = Linear(width, [hidden], bias=True, place=place, split="outputs")
+        self.down = Linear(hidden, [width], bias=True, place=place, split="inputs")
         self.activation, self.names = activation, names
 
     def forward(self, x_RE: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:

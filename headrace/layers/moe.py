@@ -20,7 +20,7 @@ from headrace.kernels.experts import multiply_picked, plan_experts
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.mlp import GatedMLP
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Placement, cut
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class MixtureMLP(nn.Module):
     """A feed-forward layer of experts.
 
     Args:
-        width, hidden: E and F.
+        width, hidden: E and F; ranks divide F of every expert.
         routing: how experts are picked.
         place: device and type of the parameters.
         bias: whether the experts' projections have biases.
@@ -157,6 +157,8 @@ class MixtureMLP(nn.Module):
             raise ConfigError(
                 "dtype is float64; layers of experts have no such kernel on a GPU: use float32, or the CPU"
             )
+        self.ranks = place.ranks
+        hidden = place.ranks.share(hidden, "feed-forward width of experts").size
         self.hidden, self.gate = hidden, gate or silu_mul
         self.names = names or ExpertNames()
         self.router = Router(width, routing, place)
@@ -175,8 +177,11 @@ class MixtureMLP(nn.Module):
         rows, picked = pick_RK.shape
         plan = plan_experts(pick_RK, self.router.routing.experts)
         both_PO = multiply_picked(plan, x_RE, self.gate_up_NOE, self.gate_up_bias_NO, share=picked)
-        y_PE = multiply_picked(plan, self.gate(both_PO), self.down_NEF, self.down_bias_NE, share=1)
+        bias_NE = self.down_bias_NE if self.ranks.rank == 0 else None
+        y_PE = multiply_picked(plan, self.gate(both_PO), self.down_NEF, bias_NE, share=1)
         y_RE = (y_PE.view(rows, picked, -1) * weight_RK[..., None]).sum(1).to(x_RE.dtype)
+        if self.ranks.size > 1:  # each has summed over its part of F
+            self.ranks.all_reduce_(y_RE)
         if self.shared is not None:
             self.shared.add_to(y_RE, x_RE)
         return y_RE
@@ -191,17 +196,18 @@ class MixtureMLP(nn.Module):
         experts = f"{name}.{names.experts}"
         found = self.router.tensors(f"{name}.{names.router}")
         if names.stacked:
-            found[f"{experts}.gate_up_proj"] = [self.gate_up_NOE.data.transpose(1, 2)]
-            found[f"{experts}.down_proj"] = [self.down_NEF.data.transpose(1, 2)]
-            for bias, part in ((self.gate_up_bias_NO, "gate_up_proj_bias"), (self.down_bias_NE, "down_proj_bias")):
-                if bias is not None:
-                    found[f"{experts}.{part}"] = [bias.data]
+            found[f"{experts}.gate_up_proj"] = cut(self.gate_up_NOE.data.transpose(1, 2), 2, self.ranks)
+            found[f"{experts}.down_proj"] = cut(self.down_NEF.data.transpose(1, 2), 1, self.ranks)
+            if self.gate_up_bias_NO is not None:
+                found[f"{experts}.gate_up_proj_bias"] = cut(self.gate_up_bias_NO.data, 1, self.ranks)
+            if self.down_bias_NE is not None:
+                found[f"{experts}.down_proj_bias"] = [self.down_bias_NE.data]
         else:
             for number in range(self.router.routing.experts):
                 mine = f"{experts}.{number}"
-                found[f"{mine}.{names.gate}.weight"] = [self.gate_up_NOE.data[number, :hidden]]
-                found[f"{mine}.{names.up}.weight"] = [self.gate_up_NOE.data[number, hidden:]]
-                found[f"{mine}.{names.down}.weight"] = [self.down_NEF.data[number]]
+                found[f"{mine}.{names.gate}.weight"] = cut(self.gate_up_NOE.data[number, :hidden], 0, self.ranks)
+                found[f"{mine}.{names.up}.weight"] = cut(self.gate_up_NOE.data[number, hidden:], 0, self.ranks)
+                found[f"{mine}.{names.down}.weight"] = cut(self.down_NEF.data[number], 1, self.ranks)
         if self.shared is not None:
             found |= self.shared.tensors(f"{name}.{names.shared}")
         return found

@@ -1,13 +1,15 @@
-"""Where a model's parameters live and in which type."""
+"""Where a model's parameters live, in which type, and how they are shared among ranks."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from headrace.errors import ConfigError
 from headrace.layers.adapters import AdapterBank
+from headrace.ranks import ONE, Ranks
 
 CACHE_LINE = 64
 """Bytes."""
@@ -20,6 +22,8 @@ class Placement(NamedTuple):
     dtype: torch.dtype
     adapters: AdapterBank | None = None
     """Where linear maps get room for adapters; None: they have none."""
+    ranks: Ranks = ONE
+    """The ranks that a layer may divide its parameters among; one that divides nothing is whole on each of them."""
 
     def widened(self) -> Placement:
         """The same place for numbers that need float32 at least."""
@@ -40,3 +44,50 @@ class Placement(NamedTuple):
             columns = torch.empty(inputs, outputs + CACHE_LINE // self.dtype.itemsize, dtype=self.dtype)
             return nn.Parameter(columns[:, :outputs].t(), requires_grad=False)
         return self.empty(outputs, inputs)
+
+
+DIVIDED = ("device", "dtype", "ranks")
+"""Fields of a placement with which ranks divide layers; any other one has to be taught that first."""
+
+
+def check_divisible(place: Placement) -> None:
+    """Raise ConfigError for several ranks beside something that layers cannot divide among them."""
+    asked = [name for name, default in place._field_defaults.items() if getattr(place, name) is not default]
+    others = [name for name in asked if name not in DIVIDED]
+    if place.ranks.size > 1 and others:
+        raise ConfigError(
+            f"tensor_parallel_size is {place.ranks.size}, and the model is loaded with {', '.join(others)}, which is "
+            "not divided among ranks yet: leave one of the two out"
+        )
+
+
+class Pieces(list[Tensor]):
+    """Views for one checkpoint tensor of which each takes a part only.
+
+    Args:
+        views: parameters, or parts of them.
+        shape: the whole checkpoint tensor's.
+        where: for each view the slices of the checkpoint tensor that it takes.
+    """
+
+    def __init__(self, views: list[Tensor], shape: tuple[int, ...], where: list[tuple[slice, ...]]) -> None:
+        super().__init__(views)
+        self.shape, self.where = shape, where
+
+
+def cut(view: Tensor, axis: int, ranks: Ranks, parts: int | None = None) -> list[Tensor]:
+    """This rank's part of a checkpoint tensor that is cut along an axis into equal parts; None: one a rank."""
+    parts = ranks.size if parts is None else parts
+    if ranks.size == 1:
+        return [view]
+    size = view.shape[axis]
+    first = ranks.rank * parts // ranks.size * size
+    where = [slice(None)] * view.dim()
+    where[axis] = slice(first, first + size)
+    shape = tuple(n * parts if i == axis % view.dim() else n for i, n in enumerate(view.shape))
+    return Pieces([view], shape, [tuple(where)])
+
+
+def whole_shape(views: list[Tensor]) -> tuple[int, ...]:
+    """Shape of the checkpoint tensor behind some views."""
+    return views.shape if isinstance(views, Pieces) else tuple(views[0].shape)

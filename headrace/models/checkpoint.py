@@ -21,11 +21,12 @@ from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.layers.adapters import AdapterBank
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Pieces, Placement, whole_shape
 from headrace.memory import check_memory
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
+from headrace.ranks import ONE, Ranks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -61,6 +62,7 @@ def load_model(
     seed: int = 0,
     revision: str | None = None,
     adapters: AdapterBank | None = None,
+    ranks: Ranks = ONE,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -75,6 +77,8 @@ def load_model(
         seed: seed of random weights.
         revision: revision of a hub id.
         adapters: the model's linear maps get room for adapters in this bank, which must be new.
+        ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
+            same model on any number of ranks.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -90,11 +94,12 @@ def load_model(
     config = read_config(directory)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
-        outline = build_model(config, max_model_len=max_model_len, place=Placement(torch.device("meta"), torch.float32))
+        where = Placement(torch.device("meta"), torch.float32, ranks=ranks)
+        outline = build_model(config, max_model_len=max_model_len, place=where)
         entries = _with_prefix(read_headers(directory), outline.prefix)
         entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
         _check(directory, config, outline.tensors(), entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters)
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, ranks)
     _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
     model.adapters = adapters
@@ -109,7 +114,9 @@ def load_model(
 
 def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
     """Raise CapacityError before anything is taken that does not fit."""
-    outline = build_model(config, max_model_len=max_model_len, place=place._replace(device=torch.device("meta")))
+    # Room for adapters comes on top; a bank gives it once.
+    outlined = place._replace(device=torch.device("meta"), adapters=None)
+    outline = build_model(config, max_model_len=max_model_len, place=outlined)
     needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
     dtype = str(place.dtype).removeprefix("torch.")
     way_out = "use a smaller model, a narrower dtype, a smaller max_model_len, or a device with more memory"
@@ -306,7 +313,7 @@ def _check(
     for name, views in places.items():
         if name not in entries:
             continue
-        must = tuple(views[0].shape)
+        must = whole_shape(views)
         if entries[name].shape != must:
             problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
         if entries[name].dtype not in FLOATS:
@@ -345,10 +352,16 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                source = file.get_tensor(entries[name].name)
-                for view in places[name]:
+                views, stored_as = places[name], entries[name].name
+                if isinstance(views, Pieces):
+                    stored = file.get_slice(stored_as)
+                    pairs = [(view, stored[where]) for view, where in zip(views, views.where, strict=True)]
+                else:
+                    source = file.get_tensor(stored_as)
+                    pairs = [(view, source) for view in views]
+                for view, source in pairs:
                     view.copy_(source)
-                if _narrower(places[name][0].dtype, source.dtype) and not places[name][0].isfinite().all():
+                if any(_narrower(view.dtype, source.dtype) and not view.isfinite().all() for view, source in pairs):
                     overflow.append(name)
     if overflow:
         kind = str(next(iter(places.values()))[0].dtype).removeprefix("torch.")
@@ -367,13 +380,15 @@ def fill_random(model: CausalLM, seed: int) -> None:
     type: they are drawn in float32 and rounded.
     """
     for index, (name, views) in enumerate(model.tensors().items()):
-        target = views[0]
+        device = views[0].device
+        # Whole, also where this rank takes a part: the model must not depend on the number of ranks. Filled in the
+        # order of a contiguous tensor, whatever the parameter's layout.
+        values = torch.empty(whole_shape(views), dtype=torch.float32, device=device)
         if NORM.fullmatch(name):
-            values = torch.full_like(target, 1.0 - model.config.norm_offset)
+            values.fill_(1.0 - model.config.norm_offset)
         else:
-            generator = torch.Generator(device=target.device).manual_seed((seed * 1_000_003 + index) % 2**63)
-            # Filled in the order of a contiguous tensor, whatever the parameter's layout.
-            values = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+            generator = torch.Generator(device=device).manual_seed((seed * 1_000_003 + index) % 2**63)
             values.normal_(0.0, STD, generator=generator)
-        for view in views:
-            view.copy_(values)
+        where = views.where if isinstance(views, Pieces) else [()] * len(views)
+        for view, slices in zip(views, where, strict=True):
+            view.copy_(values[slices])

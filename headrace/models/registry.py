@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from headrace.checks import show
 from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
-from headrace.layers.placement import Placement
+from headrace.layers.placement import Placement, check_divisible
 from headrace.models import (
     deepseek,
     gemma2,
@@ -104,6 +104,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 def build_model(config: ModelConfig, *, max_model_len: int | None, place: Placement) -> CausalLM:
     """A model of the configuration's family with uninitialised parameters. Raises ConfigError."""
+    check_divisible(place)
     return _FAMILIES[config.model_type].build(config, max_model_len=max_model_len, place=place)
 
 

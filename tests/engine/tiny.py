@@ -19,6 +19,7 @@ from headrace.engine.graphs import BUCKETS, StepGraphs
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.params import SamplingParams
+from headrace.ranks import ONE, Ranks
 from headrace.request import Request
 from headrace.step import RowTable
 
@@ -75,6 +76,7 @@ def make_engine(
     model: CausalLM | None = None,
     eos_ids: Sequence[int] = (EOS,),
     clock: Callable[[], float] = time.perf_counter,
+    ranks: Ranks = ONE,
     **options: Any,
 ) -> Engine:
     """An engine over the tiny model that audits itself after every step, on a GPU too, and so plans none ahead."""
@@ -83,7 +85,7 @@ def make_engine(
     settings["cuda_graphs"] = False  # to record steps takes longer than to run so few: `pad` asks for it
     settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
-    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock)
+    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks)
 
 
 def run_all(engine: Engine, most_steps: int = 100_000) -> None:
