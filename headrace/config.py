@@ -159,6 +159,8 @@ class EngineConfig:
     @property
     def adapter_sources(self) -> dict[str, str]:
         """Directory or hub id of each adapter to load at the start, by name. Raises ConfigError."""
+        if self.adapters is not None and not isinstance(self.adapters, (str, Mapping)):
+            raise ConfigError(f"adapters is {show(self.adapters)}; it must be names and directories: a dict, or a text")
         if isinstance(self.adapters, Mapping):
             pairs = [(name, str(source)) for name, source in self.adapters.items()]
         else:

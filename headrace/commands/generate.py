@@ -70,18 +70,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError("there is nothing to complete: name a JSONL file or give --prompt")
     if arguments.input and arguments.output and _same_file(arguments.input, arguments.output):
         raise RequestError(f"{arguments.output} is the input too: give another file with -o")
-    lines = Lines(arguments.output, len(jobs))
+    lines: Lines | None = None
     try:
+        lines = Lines(arguments.output, len(jobs))
         llm, rows = _complete(jobs, config, lines, use_tqdm=sys.stderr.isatty() or arguments.compare)
         lines.close()
         if arguments.compare:
             rows.append(("one at a time", *_one_at_a_time(llm, jobs)))
     except KeyboardInterrupt:
-        lines.abandon()
-        print(f"\nheadrace: interrupted; {lines.kept}", file=sys.stderr)
+        if lines is not None:
+            lines.abandon()
+        print(f"\nheadrace: interrupted; {lines.kept if lines else 'none was kept'}", file=sys.stderr)
         return 130
     except BaseException:
-        lines.abandon()
+        if lines is not None:
+            lines.abandon()
         raise
     _report(rows, arguments.output)
     return 1 if any(sample.error for output in rows[0][1] for sample in output.outputs) else 0

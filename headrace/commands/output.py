@@ -52,6 +52,9 @@ class Lines:
             self._file = opener(self._partial)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             raise RequestError(f"{path}: {_reason(error)}; give a file that can be written with -o") from error
+        except KeyboardInterrupt:
+            self._remove()
+            raise
 
     def put(self, place: int, record: dict[str, Any]) -> None:
         """Take the line of a place. Raises OutputError if it, or one that waited for it, cannot be written."""
