@@ -124,6 +124,9 @@ class AsyncLLM:
         )
         self._coming.add(stream)
         try:
+            if stream.params.constraint is not None:
+                # A grammar may take long to compile: others go on meanwhile.
+                await asyncio.to_thread(self._front.engine.prepare, stream.params)
             await self._find_seat(stream, wait)
             self._worker.post(stream)
         finally:

@@ -15,9 +15,11 @@ from headrace.errors import ConfigError
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that carries its own help text for the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None, file: bool = False
+) -> Any:
+    """A dataclass field that carries its own help text for the command line, where `file` allows @FILE as the value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "file": file})
 
 
 @dataclass(frozen=True)

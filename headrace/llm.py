@@ -69,7 +69,8 @@ class LLM:
             seed=self.config.seed,
         )
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
-        self.engine = Engine(self.config, network, eos_ids=eos_ids)
+        spellings = self.tokenizer.spellings if self.tokenizer else None
+        self.engine = Engine(self.config, network, eos_ids=eos_ids, spellings=spellings)
         self.front = TextFront(self.engine, self.tokenizer)
         self._ids = itertools.count()
 
