@@ -111,11 +111,11 @@ class Constraints(LogitProcessor):
         return -(-self.setup.vocab_size // 32)
 
     def _matcher(self, params: SamplingParams, stop_ids: Sequence[int]) -> Any:
-        import xgrammar
-
         kind = params.constraint
         assert kind is not None
         grammar = self._library(kind).compile(kind, getattr(params, kind))
+        import xgrammar  # here and below: an extra that may be absent, and slow to import
+
         return xgrammar.GrammarMatcher(grammar, override_stop_tokens=list(stop_ids))
 
     def _library(self, kind: str) -> _Grammars:
