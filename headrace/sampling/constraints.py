@@ -176,8 +176,9 @@ class _Grammars:
 
         with self._lock:
             if json_only not in self._compilers:
-                known = [b"" if json_only and _CONTROL.search(text) else text for text in self._spellings]
-                # Empty spellings, and ids behind the tokenizer's last, are special to the library: never allowed.
+                # Empty spellings, and ids behind the tokenizer's last, are never allowed. Special tokens get one that
+                # is no UTF-8: then a structural tag can name them by id, and no text contains them.
+                known = [b"" if json_only and _CONTROL.search(text) else text or b"\xff" for text in self._spellings]
                 info = xgrammar.TokenizerInfo(
                     known, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=[]
                 )
@@ -244,7 +245,27 @@ def _from_choice(compiler: Any, value: Sequence[str]) -> Any:
 
 
 def _from_tag(compiler: Any, value: Any) -> Any:
-    return compiler.compile_structural_tag(value if isinstance(value, str) else json.dumps(value))
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RequestError(f"structural_tag is no JSON ({error}): correct it, or pass a dict") from error
+    _check_tag(value)
+    return compiler.compile_structural_tag(json.dumps(value))
+
+
+def _check_tag(node: Any) -> None:
+    """Raises RequestError for schemas and patterns in a structural tag that the library would not keep."""
+    if isinstance(node, dict) and node.get("type") == "json_schema":
+        check_schema(node.get("json_schema"))
+    elif isinstance(node, dict):
+        if node.get("type") == "regex":
+            check_pattern(node.get("pattern"), "structural_tag: pattern")
+        for part in node.values():
+            _check_tag(part)
+    elif isinstance(node, list):
+        for part in node:
+            _check_tag(part)
 
 
 _COMPILE: dict[str, Callable[[Any, Any], Any]] = {

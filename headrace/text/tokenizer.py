@@ -114,6 +114,11 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None if that text is no special token."""
+        found = self.token_id(text)
+        return found if found in self.special_ids else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token of a byte-level vocabulary stands for; empty beyond the vocabulary."""
         known = self._bytes.get(token_id)

@@ -127,6 +127,18 @@ def test_a_wider_vocabulary_of_the_model_is_masked() -> None:
     assert {i for i in allowed if i < VOCAB + 70} == {i for i, text in enumerate(SPELLINGS[:50]) if text.isalpha()}
 
 
+@pytest.mark.parametrize("params", [SamplingParams(regex="[^0]{9}"), SamplingParams(json_schema={"type": "string"})])
+def test_special_tokens_are_no_text(params: SamplingParams) -> None:
+    part = constraints(SPELLINGS)
+    matcher = part._matcher(params, [EOS])
+    mask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
+    assert matcher.accept_token(SPELLINGS.index(b'"'))
+    matcher.fill_next_token_bitmask(mask)
+    word = int(mask[0, 0])
+    assert not word & 0b1111
+    assert word >> SPELLINGS.index(b"a") & 1
+
+
 def test_parameters_that_leave_nothing_end_the_request_alone() -> None:
     engine = make_engine()
     letter = SPELLINGS.index(b"a")

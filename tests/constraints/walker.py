@@ -25,8 +25,12 @@ def walk(
     tokens: Sequence[bytes] = TOKENS,
     most: int = 300,
     part: Constraints | None = None,
+    texts: Sequence[bytes] | None = None,
 ) -> bytes | None:
-    """One output; None: it did not end in time. Raises RequestError for constraints that are refused."""
+    """One output; None: it did not end in time. Raises RequestError for constraints that are refused.
+
+    texts: what stands for the tokens in the output, special ones included.
+    """
     part = part or constraints(tokens)
     part.prepare(params, [END])
     matcher = part._matcher(params, [END])
@@ -46,7 +50,7 @@ def walk(
         closing = [token for token in visible if set(tokens[token]) <= CLOSING]
         chosen = rng.choice(closing if closing and rng.random() < step / 60 else visible)
         assert matcher.accept_token(chosen)
-        output += tokens[chosen]
+        output += (texts or tokens)[chosen]
     return None
 
 
