@@ -20,6 +20,7 @@ from headrace.models.checkpoint import load_model
 from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
+from headrace.text.tools import TOOL_FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = """\
@@ -49,7 +50,9 @@ def systems_page() -> str:
             for p in registry
         ]
         lines.append("")
-    lines += ["## Pairs", "", *_pairs(), ""]
+    lines += ["## Tool format", "", "| format | option | what the model writes | models |", "| --- " * 4 + "|"]
+    lines += [f"| {p.name} | `{p.option}` | {p.summary} | {p.source} |" for p in TOOL_FORMATS]
+    lines += ["", "## Pairs", "", *_pairs(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
     lines += [

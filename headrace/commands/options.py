@@ -43,7 +43,7 @@ def add_options(
             element = typing.get_args(value)[0] if many else value
             settings |= {"type": element, "choices": spec.metadata["choices"]}
             if spec.metadata["file"]:
-                settings |= {"type": _text_or_file, "help": settings["help"] + "; @FILE reads it from a file"}
+                settings |= {"type": text_or_file, "help": settings["help"] + "; @FILE reads it from a file"}
             settings["metavar"] = None if settings["choices"] else spec.metadata["metavar"] or element.__name__.upper()
             group.add_argument(flag, nargs="+" if many else None, **settings)
 
@@ -58,7 +58,7 @@ def read_options(arguments: argparse.Namespace, kind: type[T], *, skip: tuple[st
     return kind(**{**fixed, **given})
 
 
-def _text_or_file(value: str) -> str:
+def text_or_file(value: str) -> str:
     """The value, or what stands in the file behind an @."""
     if not value.startswith("@"):
         return value
