@@ -149,7 +149,10 @@ class _Grammars:
 
     def compile(self, kind: str, value: Any) -> Any:
         """The compiled grammar; the last ones are kept up to `CACHE_BYTES`. Raises RequestError."""
-        key = json.dumps([kind, value])
+        try:
+            key = json.dumps([kind, value])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"{kind} cannot be written as JSON ({_reason(error)}): correct it") from error
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -158,7 +161,7 @@ class _Grammars:
             made = _COMPILE[kind](self._compiler(json_only=kind == "json_schema"), value)
         except RequestError:
             raise
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise RequestError(f"{kind} is not understood or cannot be met ({_reason(error)}): correct it") from error
         with self._lock:
             self._kept[key] = made

@@ -44,8 +44,10 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 def check_schema(schema: Any) -> None:
     """Raises RequestError, naming keyword and place, for what would not be kept, and for what no value can meet."""
-    _Walk(schema).check(schema, "#")
-    if not _Walk(schema).can_end(schema, frozenset()):
+    walk = _Walk(schema)
+    walk.check(schema, "#")
+    walk.check_references()
+    if not walk.can_end():
         raise RequestError(
             "json_schema cannot be met: a value would never end (a required part contains the whole again)"
         )
@@ -54,6 +56,10 @@ def check_schema(schema: Any) -> None:
 class _Walk:
     def __init__(self, root: Any) -> None:
         self.root = root
+        self._seen: set[int] = set()
+        """Identities of the schemas that were checked."""
+        self._references: dict[str, str] = {}
+        """References and the place of one that makes them."""
 
     def check(self, schema: Any, place: str) -> None:
         """Raises RequestError."""
@@ -63,6 +69,7 @@ class _Walk:
             raise RequestError(f"json_schema cannot be met: {place} is false, which allows no value: remove that part")
         if not isinstance(schema, dict):
             raise RequestError(f"json_schema has {_show(schema)} at {place}; a schema is an object, true or false")
+        self._seen.add(id(schema))
         self._check_keywords(schema, place)
         for part, where in self._parts(schema, place):
             self.check(part, where)
@@ -118,6 +125,7 @@ class _Walk:
             )
         if keyword == "$ref":
             self._target(schema["$ref"], place)
+            self._references[schema["$ref"]] = place
         elif keyword == "enum" and not (isinstance(schema["enum"], list) and schema["enum"]):
             raise RequestError(f"json_schema cannot be met: enum at {place} is {_show(schema['enum'])}: list values")
         elif keyword in ("anyOf", "oneOf", "allOf"):
@@ -276,27 +284,44 @@ class _Walk:
             schema = self._target(schema["$ref"], "#")
         return {}
 
-    def can_end(self, schema: Any, within: frozenset[str]) -> bool:
+    def check_references(self) -> None:
+        """Raises RequestError for a reference to something that was not checked, as one into an example."""
+        for reference, place in self._references.items():
+            target = self._target(reference, place)
+            if not isinstance(target, bool) and id(target) not in self._seen:
+                raise RequestError(
+                    f"json_schema has $ref {reference!r} at {place}, where no schema stands: put it into $defs"
+                )
+
+    def can_end(self) -> bool:
         """Whether some value of finite size meets the schema, as far as required parts decide it."""
+        ending: set[str] = set()  # references that are known to: the least fixed point
+        while True:
+            found = {r for r in self._references if r not in ending and self._ends(self._target(r, "#"), ending)}
+            if not found:
+                return self._ends(self.root, ending)
+            ending |= found
+
+    def _ends(self, schema: Any, ending: set[str]) -> bool:
         if not isinstance(schema, dict):
             return schema is not False
         if "$ref" in schema:
-            reference = schema["$ref"]
-            return reference not in within and self.can_end(self._target(reference, "#"), within | {reference})
+            return schema["$ref"] in ending
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
-                return any(self.can_end(part, within) for part in schema[keyword])
+                return any(self._ends(part, ending) for part in schema[keyword])
         if "allOf" in schema:
-            return all(self.can_end(part, within) for part in schema["allOf"])
-        if isinstance(schema.get("type"), list) and set(schema["type"]) - {"object", "array"}:
+            return all(self._ends(part, ending) for part in schema["allOf"])
+        kinds = schema.get("type") or ()
+        if {kinds} - {"object", "array"} if isinstance(kinds, str) else set(kinds) - {"object", "array"}:
             return True
         properties = schema.get("properties") or {}
-        if not all(self.can_end(properties.get(name, True), within) for name in schema.get("required") or ()):
+        if not all(self._ends(properties.get(name, True), ending) for name in schema.get("required") or ()):
             return False
         least = schema.get("minItems") or 0
         first = schema.get("prefixItems") or []
         needed = [*first[:least], *([schema.get("items", True)] if least > len(first) else [])]
-        return all(self.can_end(part, within) for part in needed)
+        return all(self._ends(part, ending) for part in needed)
 
 
 def _constants(schema: Any) -> set[str]:

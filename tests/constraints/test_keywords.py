@@ -12,6 +12,7 @@ from walker import constraints, walk
 
 from headrace.errors import RequestError
 from headrace.params import SamplingParams
+from headrace.sampling.json_schema import check_schema
 
 PART = constraints()
 I: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 3}  # noqa: E741
@@ -102,6 +103,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("$vocabulary", {"$vocabulary": {}, "type": "null"}),
     ("$ref", {"$ref": "https://example.com/schema"}),
     ("$ref", {"$ref": "#/$defs/missing"}),
+    ("$ref", {"$ref": "#/examples/x", "examples": {"x": {"type": "string", "not": {"const": "x"}}}}),
     ("contentSchema", {"type": "string", "contentSchema": I2}),
     ("nullable", {"type": "string", "nullable": True}),
     ("minimum", {"$defs": {"x": I2}, "$ref": "#/$defs/x", "minimum": 5}),
@@ -168,6 +170,27 @@ def test_refused_by_name_and_place(keyword: str, schema: Any) -> None:
 )
 def test_what_no_value_meets_is_refused(schema: Any) -> None:
     with pytest.raises(RequestError, match="cannot be met"):
+        PART.prepare(SamplingParams(json_schema=schema), [0])
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def test_references_that_double_are_walked_once_each() -> None:
+    definitions: dict[str, Any] = {"d0": {"type": "null"}}
+    for i in range(1, 40):
+        part = {"$ref": f"#/$defs/d{i - 1}"}
+        definitions[f"d{i}"] = {"type": "array", "prefixItems": [part, part], "minItems": 2, "items": False}
+    check_schema({"$defs": definitions, "$ref": "#/$defs/d39"})
+
+
+@pytest.mark.parametrize("schema", [_nested(3000), {"type": "string", "maxLength": {1}}, {"const": object()}])
+def test_what_cannot_be_walked_is_refused(schema: Any) -> None:
+    with pytest.raises(RequestError, match="json_schema"):
         PART.prepare(SamplingParams(json_schema=schema), [0])
 
 
