@@ -6,8 +6,8 @@ async with AsyncLLM() as llm:
         print(output.outputs[0].text)
 
 `AsyncLLM` lives on the event loop. `_Worker` owns front and engine in its thread, and nobody else touches them while
-it runs. A `_Stream` hands the outputs of one request from the thread to its reader, and `_Room` bounds how many
-requests are unfinished.
+it runs, but for what is safe in any thread: `encode`, and `Engine.prepare`, which compiles grammars. A `_Stream`
+hands the outputs of one request from the thread to its reader, and `_Room` bounds how many requests are unfinished.
 """
 
 from __future__ import annotations

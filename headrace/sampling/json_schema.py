@@ -203,7 +203,9 @@ class _Walk:
                 f"json_schema has 'propertyNames' beside named properties at {place}, where it is not kept: leave "
                 "it out"
             )
-        closed = schema.get("additionalProperties", schema.get("unevaluatedProperties")) is False
+        # Where nothing is said of other names, the library adds none to named ones.
+        others = schema.get("additionalProperties", schema.get("unevaluatedProperties", not properties))
+        closed = others is False
         if "propertyNames" in schema and closed:
             raise RequestError(
                 f"json_schema has 'propertyNames' beside additionalProperties false at {place}, where one is not "

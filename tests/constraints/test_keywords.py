@@ -45,6 +45,7 @@ KEPT: dict[str, Any] = {
     "properties": CLOSED,
     "required": {**CLOSED, "required": ["b"]},
     "minProperties": {**CLOSED, "minProperties": 2},
+    "minProperties of named ones": {"type": "object", "properties": {"a": I, "b": I, "c": I}, "minProperties": 2},
     "maxProperties": {**CLOSED, "required": ["b"], "maxProperties": 2},
     "additionalProperties": {
         "type": "object",
