@@ -14,7 +14,7 @@ VALUES: list[Any] = [1, -2.5, "red", "a b", None, True, [1, "x"], {"k": [None]},
 def random_schema(rng: random.Random) -> dict[str, Any]:
     """An object schema, some of it behind references."""
     definitions: dict[str, Any] = {}
-    schema = _object(rng, 2, definitions)
+    schema = _object(rng, rng.choice([1, 1, 2]), definitions)
     return {**schema, "$defs": definitions} if definitions else schema
 
 
