@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.bench import cpu, gpu, kernels, seams
+from headrace.bench import adapters, cpu, gpu, kernels, seams
 
-BENCHES = {"cpu": cpu, "gpu": gpu, "kernels": kernels, "seams": seams}
+BENCHES = {"adapters": adapters, "cpu": cpu, "gpu": gpu, "kernels": kernels, "seams": seams}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

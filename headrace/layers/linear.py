@@ -1,7 +1,8 @@
 """Linear maps, several of which share one matrix product: y = x W^T + b.
 
 Projections of the same input (query, key and value; gate and up) lie below one another in one weight, so that
-a layer runs one GEMM where the checkpoint has two or three. Letters: R rows.
+a layer runs one GEMM where the checkpoint has two or three. In a step whose rows have adapters (LoRA, arXiv
+2106.09685) each row's own change is added to the product, before the gate. Letters: R rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from headrace.kernels.project import project, project_onto
+from headrace.kernels.rms_norm import rms_norm
+from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.placement import Placement
 
 
@@ -29,24 +32,43 @@ class Linear(nn.Module):
         self.outputs = tuple(outputs)
         self.weight = place.matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
+        bank = place.adapters
+        self.room = None if bank is None else bank.room(inputs, outputs, place.device, place.dtype)
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """[R, inputs] to [R, sum(outputs)]; `norm`: weight and eps of an RMS norm of x."""
+        if self.room is not None and self.room.active:
+            return self._adapted(x, norm)
         return project(x, self.weight, self.bias, norm=norm)
 
     def gated(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """silu(first projection) * second, of two of one width: [R, inputs] to [R, that width]."""
+        if self.room is not None and self.room.active:
+            return silu_mul(self._adapted(x, norm))
         return project(x, self.weight, self.bias, norm=norm, gated=True)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """y += forward(x) in place: the residual sum costs no pass of its own, the product accumulates into it."""
         project_onto(y, x, self.weight, self.bias)
+        if self.room is not None and self.room.active:
+            self.room.adapt_(y, x)
+
+    def _adapted(self, x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+        """`forward` with the adapters of the step."""
+        assert self.room is not None
+        if norm is not None:
+            x = rms_norm(x, *norm)
+        y = project(x, self.weight, self.bias)
+        self.room.adapt_(y, x)
+        return y
 
     def tensors(self, *names: str, transposed: bool = False) -> dict[str, list[Tensor]]:
         """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`.
 
         One name stands for all of them stored as one. `transposed`: the checkpoint's weights are [inputs, outputs].
         """
+        if self.room is not None:
+            self.room.names = names
         found: dict[str, list[Tensor]] = {}
         start = 0
         for name, width in zip(names, self.outputs if len(names) > 1 else [sum(self.outputs)], strict=True):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from headrace.layers.adapters import AdapterBank
+
 CACHE_LINE = 64
 """Bytes."""
 
@@ -16,6 +18,8 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+    adapters: AdapterBank | None = None
+    """Where linear maps get room for adapters; None: they have none."""
 
     def widened(self) -> Placement:
         """The same place for numbers that need float32 at least."""

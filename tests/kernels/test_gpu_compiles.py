@@ -12,6 +12,7 @@ import pytest
 NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
 NAMES |= {"_place", "_walk", "_gather", "_pack", "_turn"}
 NAMES |= {"multiply_row", "multiply_tile", "multiply_experts"}
+NAMES |= {"_shrink_row", "_expand_row", "_shrink_tile", "_expand_tile"}
 NAMES |= {"list_tiles", "attend_tiles", "merge_splits", "write_rows"}
 MOST_SHARED = 227 * 2**10
 """Bytes of shared memory that a program can have on compute capability 9.0."""
