@@ -130,7 +130,7 @@ class AsyncLLM:
         )
         self._coming.add(stream)
         try:
-            if stream.params.constraint is not None:
+            if isinstance(stream.params, SamplingParams) and stream.params.constraint is not None:
                 # A grammar may take long to compile: others go on meanwhile.
                 await asyncio.to_thread(self._front.engine.prepare, stream.params)
             await self._find_seat(stream, wait)

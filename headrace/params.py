@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, dict, bool)):
                 raise RequestError(f"{name} is a {type(value).__name__}; pass a dict or its JSON text")
+            if isinstance(value, dict) and not _is_json(value):
+                raise RequestError(f"{name} is no plain JSON: keys are texts, sequences lists, and numbers finite")
         choice = self.choice
         if choice is not None and not (
             isinstance(choice, list) and choice and all(isinstance(t, str) and t for t in choice)
@@ -214,3 +217,11 @@ class SamplingParams:
 def _token_of_key(key: Any) -> Any:
     is_number = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
     return int(key) if is_number else key
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a record can carry the value as it is."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
