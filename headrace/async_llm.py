@@ -6,8 +6,8 @@ async with AsyncLLM() as llm:
         print(output.outputs[0].text)
 
 `AsyncLLM` lives on the event loop. `_Worker` owns front and engine in its thread, and nobody else touches them while
-it runs. A `_Stream` hands the outputs of one request from the thread to its reader, and `_Room` bounds how many
-requests are unfinished.
+it runs, but for what is safe in any thread: `encode`, and `Engine.prepare`, which compiles grammars. A `_Stream`
+hands the outputs of one request from the thread to its reader, and `_Room` bounds how many requests are unfinished.
 """
 
 from __future__ import annotations
@@ -134,6 +134,9 @@ class AsyncLLM:
         )
         self._coming.add(stream)
         try:
+            if isinstance(stream.params, SamplingParams) and stream.params.constraint is not None:
+                # A grammar may take long to compile: others go on meanwhile.
+                await asyncio.to_thread(self._front.engine.prepare, stream.params)
             await self._find_seat(stream, wait)
             self._worker.post(stream)
         finally:

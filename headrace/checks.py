@@ -91,9 +91,16 @@ def _annotations(kind: Any) -> dict[str, tuple[Any, ...]]:
     for spec in dataclasses.fields(kind):
         hint = hints[spec.name]
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        if all(k in _KINDS or k is types.NoneType or typing.get_origin(k) in (list, dict) for k in kinds):
+        if all(k is types.NoneType or _is_plain(k) for k in kinds):
             found[spec.name] = kinds
     return found
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether values of the annotation are brought to a plain form: JSON, as dict[str, Any], is not."""
+    if typing.get_origin(kind) in (list, dict):
+        return all(inner in _KINDS for inner in typing.get_args(kind))
+    return kind in _KINDS
 
 
 def _settle(name: str, value: Any, kinds: tuple[Any, ...], error: type[HeadraceError]) -> Any:

@@ -19,9 +19,11 @@ MOST = 2**30
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that carries its own help text for the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None, file: bool = False
+) -> Any:
+    """A dataclass field that carries its own help text for the command line, where `file` allows @FILE as the value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "file": file})
 
 
 @names_checked("option", ConfigError)

@@ -9,6 +9,7 @@ print(out[0].outputs[0].text)
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -25,14 +26,15 @@ from tqdm import tqdm
 from headrace.checks import show, whole_number
 from headrace.config import EngineConfig
 from headrace.engine.adapters import LoadedAdapter
-from headrace.errors import EngineDeadError, RequestError, TokenizerError
+from headrace.errors import EngineDeadError, RequestError, TokenizerError, ToolCallError
 from headrace.front import Encoded, Prompt, TextHook
 from headrace.models.checkpoint import resolve_model
 from headrace.models.registry import read_config
-from headrace.outputs import RequestOutput, ScoreOutput
+from headrace.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
 from headrace.request import Request
 from headrace.start import Settings, choose_device, gather, load_tokenizer, start
+from headrace.text.tools import ToolChoice, ToolFormat, choose_format, structural_tag
 
 log = logging.getLogger("headrace")
 
@@ -130,8 +132,17 @@ class LLM:
         deadline_s: float | None = None,
         use_tqdm: bool = False,
         on_text: TextHook | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        tool_format: str | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, each a list of {"role", "content"}, through the chat template: see `generate`."""
+        """Answer conversations, each a list of {"role", "content"}, through the chat template: see `generate`.
+
+        tools: functions that the model may call, [{"type": "function", "function": {"name", "description",
+            "parameters"}}]; each sample's `tool_calls` are those it makes. A call that cannot be read is its `error`.
+        tool_choice: `auto`, `required` (at least one call and no text), or {"function": name} (one call of that one).
+        tool_format: how the model writes calls, a name from docs/systems.md; if not given, known by the template.
+        """
         if self.tokenizer is None:
             raise TokenizerError("chat needs the tokenizer's template: leave out skip_tokenizer_init")
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
@@ -139,12 +150,35 @@ class LLM:
         single = not is_list or not messages or not isinstance(messages[0], Sequence)
         conversations = cast("Sequence[Sequence[dict[str, Any]]]", [messages] if single else messages)
         prompts: list[Prompt] = [
-            {"prompt_token_ids": self.tokenizer.encode_chat(one, add_generation_prompt=add_generation_prompt)}
-            for one in conversations
+            {"prompt_token_ids": self.tokenizer.encode_chat(one, add_generation_prompt, tools)} for one in conversations
         ]
-        return self.generate(
+        reader: ToolFormat | None = None
+        if tools is not None:
+            reader = choose_format(tool_format, self.tokenizer.chat_templates.source(with_tools=True))
+            tag = structural_tag(reader, tools, tool_choice, self.tokenizer.special_id)
+            sampling_params = [_with_tag(one, tag) for one in _as_params(sampling_params, len(prompts))]
+        elif tool_format is not None or tool_choice != "auto":
+            raise RequestError("tool_choice and tool_format are for tools, and none are passed: leave them out")
+        outputs = self.generate(
             prompts, sampling_params, priority=priority, deadline_s=deadline_s, use_tqdm=use_tqdm, on_text=on_text
         )
+        if reader is not None:
+            for output in outputs:
+                for sample in output.outputs:
+                    self._read_calls(sample, reader)
+        return outputs
+
+    def _read_calls(self, sample: CompletionOutput, reader: ToolFormat) -> None:
+        """Find the tool calls of a finished sample."""
+        assert self.tokenizer is not None
+        ids = list(sample.token_ids)
+        if sample.finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
+            ids.pop()
+        sample.tool_calls = []
+        try:
+            sample.tool_calls = reader.read(self.tokenizer.decode(ids, skip_special_tokens=False))
+        except ToolCallError as error:
+            sample.error = sample.error or error
 
     def score(
         self,
@@ -336,6 +370,13 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling params for {count} prompts: give one for all, or one a prompt")
     return list(params)
+
+
+def _with_tag(params: SamplingParams, tag: dict[str, Any]) -> SamplingParams:
+    """The parameters with the constraint of tool calls. Raises RequestError beside another constraint."""
+    if params.constraint is not None:
+        raise RequestError(f"{params.constraint} is given beside tools, which are a constraint too: give one of them")
+    return dataclasses.replace(params, structural_tag=tag)
 
 
 def _as_priorities(priority: Any, count: int) -> list[int]:

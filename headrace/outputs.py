@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from headrace.errors import HeadraceError
 from headrace.request import PositionLogprobs
+from headrace.text.tools import ToolCall
 
 
 @dataclass
@@ -22,6 +23,9 @@ class CompletionOutput:
     """`stop`, `length`, `abort`, `error` or `timeout`; None while running."""
     stop_reason: int | str | None = None
     error: HeadraceError | None = None
+    """Why the sample failed; with tools also a ToolCallError for a call that cannot be read."""
+    tool_calls: list[ToolCall] | None = None
+    """The functions that the model calls; None if no tools were passed."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from headrace.config import option
 from headrace.errors import RequestError
 
 MAX_SEED = 2**64
+CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "structural_tag")
+"""Parameters that say what an output has to keep to; one of them at a time."""
 MAX_N = 16384
 """Samples of one prompt; each is a request of its own."""
 MAX_BIAS = 1e4
@@ -54,6 +57,15 @@ class SamplingParams:
     frequency_penalty: float = option(0.0, "subtracted for each occurrence of a token in the output")
     logit_bias: dict[int, float] | None = option(None, "added to the logits of these tokens")
     allowed_token_ids: list[int] | None = option(None, "only these tokens may be drawn")
+    json_schema: str | dict[str, Any] | bool | None = option(
+        None, "the output is JSON that keeps to this schema (draft 2020-12)", file=True
+    )
+    regex: str | None = option(None, "the whole output matches this regular expression", file=True)
+    grammar: str | None = option(None, "the output keeps to this grammar in EBNF, from its rule `root` on", file=True)
+    choice: list[str] | None = option(None, "the output is one of these texts")
+    structural_tag: str | dict[str, Any] | None = option(
+        None, "the output keeps to this structural tag of xgrammar, as JSON: text with constrained parts", file=True
+    )
     decoder: str | None = option(None, "one of the engine's decoders; if not given, its first")
     evictor: str | None = option(None, "one of the engine's evictors; if not given, its first")
     adapter: str | None = option(None, "one of the loaded adapters, by name; if not given, the model as it is")
@@ -68,6 +80,7 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         self._check_ranges()
         self._check_lists()
+        self._check_constraints()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -112,6 +125,37 @@ class SamplingParams:
             )
         if self.seed is not None and not 0 <= self.seed < MAX_SEED:
             raise RequestError(f"seed is {show(self.seed)}; it must be a whole number in [0, 2**64)")
+
+    @property
+    def constraint(self) -> str | None:
+        """The name of the constraint that is given, one of `CONSTRAINTS`, or None."""
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
+
+    def _check_constraints(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(
+                f"{' and '.join(given)} are given: one constraint at a time; merge them into one grammar"
+            )
+        if given and self.min_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, but {given[0]} may have to end earlier: say the least length there"
+            )
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise RequestError(f"{name} is {value!r}; it must be a text of at least one character")
+        for name in ("json_schema", "structural_tag"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, dict, bool)):
+                raise RequestError(f"{name} is a {type(value).__name__}; pass a dict or its JSON text")
+            if isinstance(value, dict) and not _is_json(value):
+                raise RequestError(f"{name} is no plain JSON: keys are texts, sequences lists, and numbers finite")
+        choice = self.choice
+        if choice is not None and not (
+            isinstance(choice, list) and choice and all(isinstance(t, str) and t for t in choice)
+        ):
+            raise RequestError(f"choice is {choice!r}; it must be a list of texts, each of at least one character")
 
     def _check_lists(self) -> None:
         for text in self.stop_strings:
@@ -173,3 +217,11 @@ class SamplingParams:
 def _token_of_key(key: Any) -> Any:
     is_number = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
     return int(key) if is_number else key
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a record can carry the value as it is."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False

@@ -15,6 +15,7 @@ import headrace.decoding.ngram
 import headrace.eviction.full
 import headrace.eviction.key_norm
 import headrace.eviction.streaming_llm
+import headrace.sampling.constraints
 import headrace.scheduling.prefill_first
 import headrace.scheduling.splitfuse
 import headrace.selection.everything

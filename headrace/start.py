@@ -88,7 +88,8 @@ def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks) -> Text
     nbytes = sum(weight.numel() * weight.element_size() for weight in network.parameters())
     ranks.meet(nbytes, time.perf_counter() - began_s)
     eos_ids = tokenizer.eos_ids if tokenizer else list(network.config.eos_token_ids)
-    engine = Engine(config, network, eos_ids=eos_ids, ranks=ranks)
+    spellings = tokenizer.spellings if tokenizer else None
+    engine = Engine(config, network, eos_ids=eos_ids, ranks=ranks, spellings=spellings)
     if config.draft_model and not any(decoder.models for decoder in engine.decoders.values()):
         raise ConfigError(
             f"draft_model is {config.draft_model!r}, but decoder={config.decoder!r} runs no model of its own: leave it "

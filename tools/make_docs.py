@@ -25,6 +25,7 @@ from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
 from headrace.ranks import ONE, Ranks
+from headrace.text.tools import TOOL_FORMATS
 from tools.bad_input import Bench, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,9 @@ def systems_page() -> str:
             for p in registry
         ]
         lines.append("")
-    lines += ["## Pairs", "", *_pairs(), ""]
+    lines += ["## Tool format", "", "| format | option | what the model writes | models |", "| --- " * 4 + "|"]
+    lines += [f"| {p.name} | `{p.option}` | {p.summary} | {p.source} |" for p in TOOL_FORMATS]
+    lines += ["", "## Pairs", "", *_pairs(), ""]
     lines += ["## Ranks", "", *_ranks(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]

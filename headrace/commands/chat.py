@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from typing import Any
 
-from headrace.commands.options import NAMED_TWICE, add_options, read_options
+from headrace.commands.options import NAMED_TWICE, add_options, read_options, text_or_file
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
 from headrace.params import SamplingParams
@@ -20,6 +21,11 @@ SKIPPED = ("n", "logprobs", "prompt_logprobs", "detokenize", *NAMED_TWICE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--system", help="system message that opens the conversation")
+    parser.add_argument(
+        "--tools", type=text_or_file, help="JSON list of functions that the model may call; @FILE reads it from a file"
+    )
+    parser.add_argument("--tool-choice", default="auto", help="auto, required, or the name of a function")
+    parser.add_argument("--tool-format", help="how the model writes calls; if not given, known by the chat template")
     add_options(parser, SamplingParams, "sampling", skip=SKIPPED, **DEFAULTS)
     add_options(parser, EngineConfig, "engine", skip=("seed", "skip_tokenizer_init"))
 
@@ -30,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     params = read_options(arguments, SamplingParams, skip=NAMED_TWICE, **DEFAULTS)
     llm = LLM(**dataclasses.asdict(read_options(arguments, EngineConfig, skip=("seed",))))
+    tools = _tools(arguments)
     messages: list[dict[str, str]] = []
     if arguments.system:
         messages.append({"role": "system", "content": arguments.system})
@@ -46,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            output = llm.chat(messages, params, on_text=lambda _, text: print(text, end="", flush=True))[0]
+            output = llm.chat(messages, params, on_text=lambda _, text: print(text, end="", flush=True), **tools)[0]
         except RequestError as error:
             # The conversation has outgrown the model: forget the oldest exchange, keep the system message.
             print(f"[{error}]", file=sys.stderr)
@@ -54,4 +61,26 @@ def run(arguments: argparse.Namespace) -> int:
             del messages[keep : keep + 2]
             continue
         print()
-        messages.append({"role": "assistant", "content": output.outputs[0].text})
+        sample = output.outputs[0]
+        for call in sample.tool_calls or []:
+            print(f"[call] {call.name} {json.dumps(call.arguments, ensure_ascii=False)}")
+        if sample.error:
+            print(f"[{sample.error}]", file=sys.stderr)
+        messages.append({"role": "assistant", "content": sample.text})
+
+
+def _tools(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `LLM.chat`. Raises RequestError."""
+    choice = arguments.tool_choice
+    given: dict[str, Any] = {
+        "tool_choice": choice if choice in ("auto", "required") else {"function": choice},
+        "tool_format": arguments.tool_format,
+    }
+    if arguments.tools is None:
+        return given
+    try:
+        return {**given, "tools": json.loads(arguments.tools)}
+    except ValueError as error:
+        raise RequestError(
+            f"--tools is no JSON ({error}): give a list of functions, or @ and a file with one"
+        ) from error

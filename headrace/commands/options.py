@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ def add_options(
             many = typing.get_origin(value) is list
             element = typing.get_args(value)[0] if many else value
             settings |= {"type": element, "choices": spec.metadata["choices"]}
+            if spec.metadata["file"]:
+                settings |= {"type": text_or_file, "help": settings["help"] + "; @FILE reads it from a file"}
             settings["metavar"] = None if settings["choices"] else spec.metadata["metavar"] or element.__name__.upper()
             group.add_argument(flag, nargs="+" if many else None, **settings)
 
@@ -53,6 +56,18 @@ def read_options(arguments: argparse.Namespace, kind: type[T], *, skip: tuple[st
     names = [f.name for f in dataclasses.fields(kind) if f.name not in skip]  # type: ignore[arg-type]
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     return kind(**{**fixed, **given})
+
+
+def text_or_file(value: str) -> str:
+    """The value, or what stands in the file behind an @."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{value[1:]} cannot be read ({error}): name a text file behind the @"
+        ) from error
 
 
 def _value_type(hint: Any) -> Any:

@@ -46,6 +46,7 @@ from headrace.ranks import ONE, Ranks, command
 from headrace.request import Finish, Logprob, PositionLogprobs, Request, State, check_record
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
+from headrace.sampling.processors import Setup as ProcessorSetup
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
 from headrace.selection.base import Selector, load_selector
 from headrace.step import LayerState
@@ -118,9 +119,11 @@ class Engine:
         eos_ids: Sequence[int] = (),
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ONE,
+        spellings: Callable[[], Sequence[bytes]] | None = None,
     ) -> None:
         """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. `ranks` are those
-        among which the model's layers are divided. Raises ConfigError or CapacityError."""
+        among which the model's layers are divided. `spellings` gives the bytes of each token, for what has to know
+        them. Raises ConfigError or CapacityError."""
         self.config = config
         self.ranks = ranks
         self.clock = clock
@@ -154,7 +157,9 @@ class Engine:
         n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
-        self.processors: list[LogitProcessor] = [part.make(self.vocab_size, self.device) for part in PROCESSORS]
+        self.processors: list[LogitProcessor] = [
+            part.make(ProcessorSetup(self.vocab_size, self.device, spellings)) for part in PROCESSORS
+        ]
         self.table = RequestTable(
             config.max_num_seqs, self.max_model_len, [len(found) for found in streams.values()], self.device
         )
@@ -331,7 +336,13 @@ class Engine:
                 "would differ: use an engine with the same options"
             )
         derived = self._derived(
-            params, record["prompt_len"], record["seed"], record["sample"], evictor=evictor, cache_budget=budget or None
+            params,
+            record["prompt_len"],
+            record["seed"],
+            record["sample"],
+            evictor=evictor,
+            cache_budget=budget or None,
+            output_ids=record["tokens"][record["prompt_len"] :],
         )
         if derived["exact_len"] != exact_len:
             raise RequestError(
@@ -882,18 +893,18 @@ class Engine:
         *,
         evictor: str | None = None,
         cache_budget: int | None = None,
+        output_ids: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Fields of a request that follow from the parameters and this engine.
 
-        `evictor` and `cache_budget` are what a record settled; without them the parameters ask.
+        `evictor`, `cache_budget` and `output_ids` are what a record settled; without them the parameters ask.
         """
-        stops = dict.fromkeys(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stops.update(dict.fromkeys(self.eos_ids))
+        stops = dict.fromkeys(self.stop_ids(params))
         if len(stops) > MAX_STOP_IDS:
             raise RequestError(
                 f"stop_token_ids: {len(stops)} stop ids with the model's own; at most {MAX_STOP_IDS}: pass fewer"
             )
+        self.prepare(params, output_ids)
         room = self.max_model_len - prompt_len
         names = list(self.decoders)
         decoder = params.decoder or names[0]
@@ -925,6 +936,17 @@ class Engine:
             "stop_ids": tuple(stops),
             "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),
         }
+
+    def stop_ids(self, params: SamplingParams) -> list[int]:
+        """Token ids that end a request with these parameters."""
+        return list(dict.fromkeys([*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_ids)]))
+
+    def prepare(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> None:
+        """Make what a request with these parameters needs and what takes long, as grammars do. `add` and `resume` do it
+        too; whoever must not wait there does it before, in any thread. Raises RequestError for what cannot be done."""
+        for processor in self.processors:
+            if processor.wants(params):
+                processor.prepare(params, self.stop_ids(params), output_ids)
 
     def _checked_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
         params.check_vocabulary(self.vocab_size)

@@ -7,8 +7,9 @@ index, so a row's result never depends on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,32 +19,49 @@ from headrace.registry import Registry
 from headrace.request import Request
 
 
-class LogitProcessor(Protocol):
+class Setup(NamedTuple):
+    """What a processor is made from."""
+
+    vocab_size: int
+    device: torch.device
+    spellings: Callable[[], Sequence[bytes]] | None = None
+    """The bytes that each token adds to a text, by id, special tokens empty; None: there is no tokenizer."""
+
+
+class LogitProcessor(ABC):
     """One kind of change. Data of a request lives from `admit` to `release`."""
 
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    @abstractmethod
     def wants(self, params: SamplingParams) -> bool:
         """Whether a request with these parameters uses the processor."""
-        ...
 
+    def prepare(self, params: SamplingParams, stop_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
+        """A request that wants the processor is about to be queued, from a record with output: what takes long is done
+        here. May be called from any thread, more than once. Raises RequestError for what cannot be done."""
+        return
+
+    @abstractmethod
     def admit(self, request: Request) -> None:
         """The request has taken `request.index`; its tokens may include output (after a preemption)."""
-        ...
 
+    @abstractmethod
     def release(self, index: int) -> None:
         """The index is given back."""
-        ...
 
+    @abstractmethod
     def apply(self, logits_MV: Tensor, rows: Sequence[int], indices: Sequence[int], path_ML: Tensor) -> None:
         """Change the given rows in place; rows[i] draws for the request at indices[i].
 
         path_ML: int64, by row of the logits the drafted tokens between the request's known ones and the draw;
         unused entries are -1.
         """
-        ...
 
     def observe(self, index: int, token: int) -> None:
         """The request emitted a token."""
-        ...
+        return
 
 
 PROCESSORS: Registry[LogitProcessor] = Registry("logit processor", "SamplingParams")
@@ -56,11 +74,12 @@ PROCESSORS: Registry[LogitProcessor] = Registry("logit processor", "SamplingPara
     option="logit_bias={id: value}",
     example={"logit_bias": {7: 3.0}},
 )
-class LogitBias:
+class LogitBias(LogitProcessor):
     """logits[v] += bias[v]."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._device = setup.device
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
 
     def wants(self, params: SamplingParams) -> bool:
@@ -83,9 +102,6 @@ class LogitBias:
             ids, values = self._bias[index]
             logits_MV[row, ids] += values
 
-    def observe(self, index: int, token: int) -> None:
-        """A bias does not change."""
-
 
 @PROCESSORS.register(
     "penalties",
@@ -95,13 +111,14 @@ class LogitBias:
     option="repetition_penalty=, presence_penalty=, frequency_penalty=",
     example={"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
 )
-class Penalties:
+class Penalties(LogitProcessor):
     """Repetition: l / r where l > 0, else l * r, for tokens in prompt or output; then l - f * count - p * [count > 0]
     with counts over the output."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._vocab_size = setup.vocab_size
+        self._device = setup.device
         self._seen_V: dict[int, Tensor] = {}
         self._count_V: dict[int, Tensor] = {}
         self._params: dict[int, SamplingParams] = {}
@@ -154,12 +171,13 @@ class Penalties:
     option="allowed_token_ids=[...]",
     example={"allowed_token_ids": list(range(20))},
 )
-class AllowedTokens:
+class AllowedTokens(LogitProcessor):
     """logits[v] = -inf for v outside the allowed set."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._vocab_size = setup.vocab_size
+        self._device = setup.device
         self._forbidden_V: dict[int, Tensor] = {}
 
     def wants(self, params: SamplingParams) -> bool:
@@ -181,9 +199,6 @@ class AllowedTokens:
         for row, index in zip(rows, indices, strict=True):
             logits_MV[row].masked_fill_(self._forbidden_V[index], -torch.inf)
 
-    def observe(self, index: int, token: int) -> None:
-        """The set does not change."""
-
 
 @PROCESSORS.register(
     "min_tokens",
@@ -192,11 +207,12 @@ class AllowedTokens:
     option="min_tokens=",
     example={"min_tokens": 8},
 )
-class MinTokens:
+class MinTokens(LogitProcessor):
     """logits[stop ids] = -inf while fewer than min_tokens tokens are out."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._device = setup.device
         self._stops: dict[int, Tensor] = {}
         self._left: dict[int, int] = {}
 

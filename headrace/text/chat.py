@@ -94,6 +94,10 @@ class ChatTemplates:
                 "Change their roles or order, or pass the prompt as text"
             ) from error
 
+    def source(self, *, with_tools: bool) -> str:
+        """The text of the template that `render` uses. Raises TokenizerError if there is none."""
+        return self._sources[self._choose(with_tools=with_tools)]
+
     def _choose(self, with_tools: bool) -> str:
         if not self._sources:
             raise TokenizerError(

@@ -59,6 +59,8 @@ class Tokenizer:
         decoders = _decoder_types(backend)
         self.is_byte_level = bool(decoders) and decoders[0] == "ByteLevel" and set(decoders) <= {"ByteLevel", "Fuse"}
         self._has_byte_fallback = "ByteFallback" in decoders
+        state = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        self._has_metaspace = "\u2581" in json.dumps(json.loads(state or b"{}"), ensure_ascii=False)
         self._bytes: dict[int, bytes] = {}
         self._byte_values: dict[int, int | None] = {}
 
@@ -124,6 +126,11 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None if that text is no special token."""
+        found = self.token_id(text)
+        return found if found in self.special_ids else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token of a byte-level vocabulary stands for; empty beyond the vocabulary."""
         known = self._bytes.get(token_id)
@@ -135,6 +142,23 @@ class Tokenizer:
                 known = token.encode()
             self._bytes[token_id] = known
         return known
+
+    def spellings(self) -> list[bytes]:
+        """The bytes that each token adds to a text that goes on, by id; special tokens add none.
+
+        Raises TokenizerError for tokenizers whose tokens do not spell text one by one.
+        """
+        if not self.is_byte_level and not self._has_metaspace:
+            raise TokenizerError("its tokens are neither spelled in bytes nor with a sign for spaces")
+        return [
+            b"" if token_id in self.special_ids else self._spelling(token_id) for token_id in range(self.vocab_size)
+        ]
+
+    def _spelling(self, token_id: int) -> bytes:
+        if self.is_byte_level:
+            return self.token_bytes(token_id)
+        value = self.byte_value(token_id)
+        return bytes([value]) if value is not None else (self.token(token_id) or "").replace("\u2581", " ").encode()
 
     def byte_value(self, token_id: int) -> int | None:
         """The byte of a byte-fallback token such as <0xE4>; None for every other token."""

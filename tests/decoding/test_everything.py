@@ -26,6 +26,12 @@ LONGEST = 80
 INTERVAL = 5
 SHARED = [tuple((7 * i + 3 * j + 5) % VOCAB for i in range(30)) for j in range(2)]
 EVICTED = [part.name for part in EVICTORS if part.label != "exact"]
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"regex": "[a-m]{2,9}(:[0-9]{1,3}){0,3}"},
+    {"grammar": 'root ::= "[" item ("," item)* "]"\nitem ::= root | [a-f] | "null"'},
+    {"json_schema": {"type": "array", "items": {"anyOf": [{"type": "boolean"}, {"type": "string", "maxLength": 3}]}}},
+    {"choice": ["abcabc", "abab", "cd12", "null"]},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +81,9 @@ def arrival(rng: random.Random, decoders: list[str]) -> Arrival:
         evictor=evictor,
         cache_budget=None if evictor == "full" else rng.choice([8, 13]),
     )
+    if rng.random() < 0.3:
+        constraint = rng.choice(CONSTRAINTS)
+        params = replace(params, ignore_eos=False, **constraint)
     fate = rng.choice(["", "", "", "abort", "move", "move"])
     return Arrival(rng.choice([0, 0, 1, 4, 12]), prompt, params, fate, rng.randint(1, 14))
 
@@ -90,7 +99,9 @@ def move(engine: Engine, request_id: str, samples: list[Request]) -> list[Reques
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.names())
 def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, events: Counter[str]) -> None:
-    kinds = "famine,hit,fork,abort,moved,evicted and moved,compaction,mixed decoders,speculated,replayed"
+    kinds = (
+        "famine,hit,fork,abort,moved,evicted and moved,compaction,mixed decoders,speculated,constrained,whole,replayed"
+    )
     events.update(dict.fromkeys([*kinds.split(","), "chunk", "swap", "planned ahead", "steady"], 0))
     decoders = [name for name in DECODERS.names() if name != "test_soft"]
     loaded = ",".join(["full", *EVICTED, "test_scattered"])
@@ -140,6 +151,8 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, drafter: str, eve
                     assert tuple(sample.output_ids) == tokens[: len(sample.output_ids)]
                     continue
                 assert (tuple(sample.output_ids), sample.finish.reason) == (tokens, reason)
+                events["constrained"] += one.params.constraint is not None
+                events["whole"] += one.params.constraint is not None and sample.finish is Finish.STOP
                 events["speculated"] += sample.decoder != "autoregressive"
 
     run()

@@ -30,6 +30,14 @@ VOCAB = 61
 EOS = 3
 MODEL_LEN = 96
 
+SPELLINGS = [
+    *[b""] * 4,
+    *(letter.encode() for letter in 'abcdefghijklmnopqrstuvwxyz0123456789{}[]":,-. \n'),
+    *(b"ab", b"cd", b"tr", b"ue", b"null", b"false", b'": ', b"12", b"\xc3", b"\xa9"),
+]
+"""What the tokens spell, where a constraint asks; the first four are special."""
+assert len(SPELLINGS) == VOCAB
+
 
 def examples(count: int) -> int:
     """Examples of a property test: fewer on a GPU, where steps of a tiny model take longer."""
@@ -85,7 +93,7 @@ def make_engine(
     settings["cuda_graphs"] = False  # to record steps takes longer than to run so few: `pad` asks for it
     settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
-    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks)
+    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks, spellings=lambda: SPELLINGS)
 
 
 def run_all(engine: Engine, most_steps: int = 100_000) -> None:

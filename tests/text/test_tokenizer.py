@@ -171,3 +171,24 @@ def test_missing_and_damaged_files_are_named(make_dir: MakeDir, tmp_path: Path) 
 
 def _change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_spellings_are_what_tokens_add(tokenizer: Tokenizer, events: Counter[str], data: st.DataObject) -> None:
+    """Behind a prompt, the bytes of tokens are those of the text that they add."""
+    events.update(dict.fromkeys(["several tokens"], 0))
+    spellings = tokenizer.spellings()
+    assert len(spellings) == tokenizer.vocab_size
+    assert all(not spellings[token] for token in tokenizer.special_ids)
+    plain = [token for token, text in enumerate(spellings) if text]
+    text = data.draw(TEXTS)
+    ids = [t for t in tokenizer.encode(text, add_special_tokens=False) if spellings[t]]
+    ids += data.draw(st.lists(st.sampled_from(plain), max_size=3))
+    prompt = tokenizer.encode("the water")
+    try:
+        added = b"".join(spellings[token] for token in ids).decode()
+    except UnicodeDecodeError:
+        return
+    events["several tokens"] += len(ids) > 1
+    assert tokenizer.decode(prompt + ids) == tokenizer.decode(prompt) + added
