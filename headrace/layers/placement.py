@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from headrace.quantization import Quantization
+
 CACHE_LINE = 64
 """Bytes."""
 
@@ -16,6 +18,8 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization | None = None
+    """The form in which the checkpoint stores the weights of linear maps; None: they are dense."""
 
     def widened(self) -> Placement:
         """The same place for numbers that need float32 at least."""

@@ -19,19 +19,24 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headrace.errors import CheckpointError, ConfigError
+from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headrace.layers.placement import Placement
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
+from headrace.quantization import Quantization
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = {torch.int32: ("I32",), torch.float8_e4m3fn: ("F8_E4M3",)}
+"""Types in files that parameters of codes take; all others take `FLOATS`."""
 LISTED = 8
 """Names listed of each kind of problem; the rest is counted."""
 
 # Old checkpoints store the frequencies of the rotation, which follow from the configuration.
 REDUNDANT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# What a quantised linear map has beside or instead of its weight.
+QUANTISED = re.compile(r"(.*)\.(qweight|weight_scale|weight_scale_inv|weight_packed|weight_zero_point)")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 STD = 0.02
 HEAD = "lm_head.weight"
@@ -85,11 +90,17 @@ def load_model(
     config = read_config(directory)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
-        outline = build_model(config, max_model_len=max_model_len, place=Placement(torch.device("meta"), torch.float32))
+        meta = Placement(torch.device("meta"), torch.float32, config.quantization)
+        outline = build_model(config, max_model_len=max_model_len, place=meta)
         entries = _with_prefix(read_headers(directory), outline.prefix)
         entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
         _check(directory, config, outline.tensors(), entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries))
+    elif config.quantization is not None:
+        raise ConfigError(
+            f"load_format is 'random', but {config.quantization.where} asks for weights in the form "
+            f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
+        )
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), config.quantization)
     model = build_model(config, max_model_len=max_model_len, place=place)
     if load_format == "auto":
         _stream(model.tensors(), entries)
@@ -275,7 +286,15 @@ def _check(
     directory: Path, config: ModelConfig, places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]
 ) -> None:
     """Compare the checkpoint's tensors with the model's; raise one error that names all differences."""
+    form = config.quantization
     known = {name for name in entries if REDUNDANT.fullmatch(name)}
+    if form is not None:
+        _refuse_quantised_elsewhere(directory, form, places, entries)
+        known |= {
+            name
+            for name in entries
+            if name not in places and (form.unused(name) or _is_zero_bias(name, places, entries[name]))
+        }
     problems: dict[str, list[str]] = {
         "missing": [name for name in places if name not in entries],
         "unexpected": [name for name in entries if name not in places and name not in known],
@@ -291,15 +310,42 @@ def _check(
         if name not in entries:
             continue
         must = tuple(views[0].shape)
-        if entries[name].shape != must:
+        # One number is stored as [1] or as [].
+        if entries[name].shape != must and (*entries[name].shape, 1) != must:
             problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
-        if entries[name].dtype not in FLOATS:
+        if entries[name].dtype not in STORED.get(views[0].dtype, FLOATS):
             problems["of a type that is not implemented"].append(f"{name} is {entries[name].dtype}")
     if not any(problems.values()):
         return
     tied = problems["missing"] == [HEAD] and not config.tie_word_embeddings
     remedy = "if the head is the embedding, set tie_word_embeddings in config.json" if tied else REMEDY
     raise CheckpointError(_report(directory, problems, remedy))
+
+
+def _refuse_quantised_elsewhere(
+    directory: Path, form: Quantization, places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]
+) -> None:
+    """Raise an error that names the parameters that the checkpoint has quantised and that are dense here."""
+    found = [match[1] for match in map(QUANTISED.fullmatch, entries) if match]
+    dense = sorted(
+        {name for name in found if places.get(f"{name}.weight", [None])[0] is not None}
+        - {match[1] for match in map(QUANTISED.fullmatch, places) if match}
+    )
+    if dense:
+        raise UnsupportedModelError(
+            f"{directory} has {_list(dense)} quantised ({form.method}), but {form.where} leaves them out, or this "
+            "engine has no such form for them (embedding, head, experts, the latents of DeepSeek): use a checkpoint "
+            "that keeps these dense"
+        )
+
+
+def _is_zero_bias(name: str, places: Mapping[str, list[Tensor]], entry: Entry) -> bool:
+    """Whether a tensor is a bias of zeros, which some tools write for every linear map that they quantise."""
+    base, _, part = name.rpartition(".")
+    if part != "bias" or f"{base}.qweight" not in places:
+        return False
+    with safe_open(entry.file, framework="pt") as file:
+        return not file.get_tensor(entry.name).any()
 
 
 def _equal(a: Entry, b: Entry) -> bool:
@@ -331,7 +377,7 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
             for name in names:
                 source = file.get_tensor(entries[name].name)
                 for view in places[name]:
-                    view.copy_(source)
+                    view.copy_(source.reshape(view.shape))
                 if _narrower(places[name][0].dtype, source.dtype) and not places[name][0].isfinite().all():
                     overflow.append(name)
     if overflow:
@@ -341,6 +387,8 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
 
 def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
     """Whether the target's range is smaller, not counting bfloat16's last half per cent."""
+    if target in STORED:
+        return False
     return torch.finfo(target).max < 0.99 * torch.finfo(source).max
 
 
