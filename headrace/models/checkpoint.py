@@ -311,7 +311,7 @@ def _check(
             continue
         must = tuple(views[0].shape)
         # One number is stored as [1] or as [].
-        if entries[name].shape != must and (*entries[name].shape, 1) != must:
+        if entries[name].shape != must and not (must == (1,) and entries[name].shape == ()):
             problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
         if entries[name].dtype not in STORED.get(views[0].dtype, FLOATS):
             problems["of a type that is not implemented"].append(f"{name} is {entries[name].dtype}")

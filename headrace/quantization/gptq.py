@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.errors import CheckpointError
 from headrace.kernels.project_int4.reference import CODES, pack_int4, unpack_int4
@@ -80,7 +80,8 @@ class GPTQStore(Int4Store):
         words_WN = self.qweight_WN.data
         if not torch.equal(self.g_idx_PE, ordinary_E.int().expand_as(self.g_idx_PE)):
             same = all(torch.equal(order, orders[0]) for order in orders)
-            self.orders = orders[:1] if same else orders
+            kept = torch.stack(orders[:1] if same else orders).int()
+            self.orders_PE = nn.Parameter(kept, requires_grad=False)
             for order, (_, start, end) in zip(orders, self.spans, strict=True):
                 codes_EB = unpack_int4(words_WN[:, start:end], self.inputs)
                 words_WN[:, start:end] = pack_int4(codes_EB[order])

@@ -51,8 +51,8 @@ class Int4Store(WeightStore):
                 )
         self.group = inputs if group == -1 else group
         self.groups = -(-inputs // self.group)
-        self.orders: list[Tensor] = []
-        """For each projection, or once for all, the inputs in the order of their groups; empty: they lie so."""
+        self.orders_PE: nn.Parameter | None = None
+        """For each projection, or once for all, the inputs in the order of their groups, int32; None: they lie so."""
 
     def _finish(self, words_WN: Tensor, zeros_GN: Tensor, scales_GN: Tensor) -> None:
         for name, start, end in self.spans:
@@ -64,8 +64,9 @@ class Int4Store(WeightStore):
 
     def multiply(self, x_RE: Tensor) -> Tensor:
         """See WeightStore."""
-        if len(self.orders) <= 1:
-            x = x_RE.index_select(1, self.orders[0]) if self.orders else x_RE
+        orders = self.orders_PE
+        if orders is None or len(orders) == 1:
+            x = x_RE if orders is None else x_RE.index_select(1, orders[0])
             return project_int4(x, self.words_WN, self.zeros_GN, self.scales_GN, group=self.group)
         parts = [
             project_int4(
@@ -75,15 +76,15 @@ class Int4Store(WeightStore):
                 self.scales_GN[:, start:end],
                 group=self.group,
             )
-            for order, (_, start, end) in zip(self.orders, self.spans, strict=True)
+            for order, (_, start, end) in zip(orders, self.spans, strict=True)
         ]
         return torch.cat(parts, 1)
 
     def dense(self) -> Tensor:
         """See WeightStore."""
         weight_EN = dequantise_int4(self.words_WN, self.zeros_GN, self.scales_GN, self.inputs, self.group)
-        orders = self.orders or [torch.arange(self.inputs, device=weight_EN.device)]
-        spans = self.spans if len(orders) > 1 else [("", 0, sum(self.widths))]
-        for order, (_, start, end) in zip(orders, spans, strict=True):
-            weight_EN[order, start:end] = weight_EN[:, start:end].clone()
+        if self.orders_PE is not None:
+            orders = self.orders_PE.expand(len(self.widths), -1).long()
+            for order, (_, start, end) in zip(orders, self.spans, strict=True):
+                weight_EN[order, start:end] = weight_EN[:, start:end].clone()
         return weight_EN.t().contiguous()
