@@ -54,8 +54,8 @@ class Linear(nn.Module):
         del self.weight
         if transposed and f"{names[0]}.weight" in self.store.tensors():
             raise UnsupportedModelError(
-                f"{names[0]} is stored as [inputs, outputs], and 8-bit floating-point weights of that order are not "
-                "implemented: use a checkpoint with float32, bfloat16 or float16 weights"
+                f"{names[0]} is stored as [inputs, outputs], and weights of that order are not implemented in "
+                "this form: use a checkpoint with float32, bfloat16 or float16 weights"
             )
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:

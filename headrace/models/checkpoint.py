@@ -6,6 +6,7 @@ difference is reported at once. Then each tensor is copied into its place, one a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -63,6 +64,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    quantization: Quantization | None = None,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -76,6 +78,7 @@ def load_model(
             also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
         seed: seed of random weights.
         revision: revision of a hub id.
+        quantization: a form of weights for a dense checkpoint, of tools that look at products.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -88,6 +91,13 @@ def load_model(
     wanted = _parse_dtype(dtype)
     directory = resolve_model(path_or_id, revision, weights=load_format == "auto")
     config = read_config(directory)
+    if quantization is not None:
+        if config.quantization is not None:
+            raise ConfigError(
+                f"{config.quantization.where} says that the weights are {config.quantization.method} already: give a "
+                "checkpoint with float32, bfloat16 or float16 weights"
+            )
+        config = dataclasses.replace(config, quantization=quantization)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
         meta = Placement(torch.device("meta"), torch.float32, config.quantization)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from headrace.errors import UnsupportedModelError
 from headrace.kernels.project_int4.reference import CODES, pack_int4
 from headrace.quantization.base import FORMS, Quantization, Settings, WeightStore, named
-from headrace.quantization.int4 import Int4Store, unpack_last
+from headrace.quantization.int4 import Int4Store, pack_last, unpack_last
+from headrace.quantization.round import round_int4
 
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column of each code of a word, from bit 0 on."""
@@ -79,6 +81,27 @@ class AWQ(Quantization):
     def make(self, names: Sequence[str], widths: Sequence[int], inputs: int, device: torch.device) -> WeightStore:
         """See Quantization."""
         return AWQStore(names, widths, inputs, self.group, device, self.where)
+
+    def pack(self, weight_NE: Tensor, moments_EE: Tensor | None = None) -> dict[str, Tensor]:
+        """See Quantization. Zeros lie where a group's range asks for them; no scales of activations are searched."""
+        group = weight_NE.shape[1] if self.group == -1 else self.group
+        made = round_int4(weight_NE, group, symmetric=False, moments_EE=moments_EE)
+        return {
+            "qweight": pack_last(made.codes_EN, COLUMNS),
+            "qzeros": pack_last(made.zeros_GN, COLUMNS),
+            "scales": made.scales_GN,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """See Quantization."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": list(self.dense),
+        }
 
 
 @FORMS.register(

@@ -177,6 +177,22 @@ class Quantization(ABC):
         """Whether a tensor of the checkpoint is rightly there and not needed."""
         return False
 
+    def pack(self, weight_NE: Tensor, moments_EE: Tensor | None = None) -> dict[str, Tensor]:
+        """The checkpoint's tensors for a dense weight, by their names behind the module's.
+
+        Args:
+            weight_NE: float [N, E].
+            moments_EE: second moments of its inputs, for forms that round by them; see `round_int4`.
+
+        Raises:
+            UnsupportedModelError: this form is read only, or cannot have such a shape.
+        """
+        raise UnsupportedModelError(f"{self.where}: weights in the form {self.method!r} are read, and not written")
+
+    def describe(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint that `pack` has written."""
+        raise UnsupportedModelError(f"{self.where}: weights in the form {self.method!r} are read, and not written")
+
     def store(
         self, names: Sequence[str], widths: Sequence[int], inputs: int, device: torch.device
     ) -> WeightStore | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,27 @@ class FP8Weights(Quantization):
         return FP8Store(
             names, widths, inputs, strategy=self.strategy, block=self.block, suffix=self.suffix, device=device
         )
+
+    def pack(self, weight_NE: Tensor, moments_EE: Tensor | None = None) -> dict[str, Tensor]:
+        """See Quantization. To the nearest code, one scale for each output; moments are not used."""
+        if self.strategy != "channel":
+            return super().pack(weight_NE)
+        weight_NE = weight_NE.float()
+        scale_N1 = (weight_NE.abs().amax(1, keepdim=True) / torch.finfo(FP8).max).clamp(min=2.0**-100)
+        return {"weight": (weight_NE / scale_N1).to(FP8), self.suffix: scale_N1}
+
+    def describe(self) -> dict[str, Any]:
+        """See Quantization."""
+        if self.strategy != "channel":
+            return super().describe()
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+            "ignore": ["lm_head", *self.dense],
+        }
 
     def unused(self, name: str) -> bool:
         """The scales of activations."""

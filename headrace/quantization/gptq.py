@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from headrace.errors import CheckpointError
 from headrace.kernels.project_int4.reference import CODES, pack_int4, unpack_int4
 from headrace.quantization.base import FORMS, Quantization, Settings, WeightStore, named
-from headrace.quantization.int4 import Int4Store, unpack_last
+from headrace.quantization.int4 import Int4Store, pack_last, unpack_last
+from headrace.quantization.round import round_int4
 
 COLUMNS = tuple(range(CODES))
 LOWERED = 0x11111111
@@ -100,6 +102,9 @@ class GPTQ(Quantization):
     inside: tuple[str, ...] = ()
     """Names, below a block's, of the modules that are quantised; empty: all linear maps of the blocks."""
 
+    ordered: bool = False
+    """Whether inputs are put into groups by their second moments, where weights are written (`desc_act`)."""
+
     method = "gptq"
 
     def covers(self, name: str) -> bool:
@@ -109,6 +114,30 @@ class GPTQ(Quantization):
     def make(self, names: Sequence[str], widths: Sequence[int], inputs: int, device: torch.device) -> WeightStore:
         """See Quantization."""
         return GPTQStore(names, widths, inputs, self.group, device, self.where, self.lowered)
+
+    def pack(self, weight_NE: Tensor, moments_EE: Tensor | None = None) -> dict[str, Tensor]:
+        """See Quantization. Symmetric; inputs are ordered if `ordered` and there are moments to order them by."""
+        group = weight_NE.shape[1] if self.group == -1 else self.group
+        made = round_int4(weight_NE, group, symmetric=True, moments_EE=moments_EE, ordered=self.ordered)
+        return {
+            "qweight": pack_int4(made.codes_EN),
+            "qzeros": pack_last(made.zeros_GN, COLUMNS) - self.lowered,
+            "scales": made.scales_GN,
+            "g_idx": made.g_idx_E,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """See Quantization."""
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": self.group,
+            "desc_act": self.ordered,
+            "sym": True,
+            "checkpoint_format": "gptq" if self.lowered else "gptq_v2",
+            "lm_head": False,
+            "modules_in_block_to_quantize": [list(self.inside)] if self.inside else None,
+        }
 
 
 @FORMS.register(

@@ -28,6 +28,14 @@ def unpack_last(words: Tensor, order: Sequence[int]) -> Tensor:
     return codes.flatten(1)
 
 
+def pack_last(codes: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse of `unpack_last`."""
+    words = torch.zeros(codes.shape[0], codes.shape[1] // CODES, dtype=torch.int32, device=codes.device)
+    for shift, column in zip(SHIFTS, order, strict=True):
+        words |= codes[:, column::CODES].to(torch.int32) << shift
+    return words
+
+
 class Int4Store(WeightStore):
     """4-bit codes. Forms fill `words_WN`, `zeros_GN`, `scales_GN`, `group` and `orders` when they are loaded.
 

@@ -68,10 +68,10 @@ def test_every_code_is_its_number() -> None:
 
 def test_refusals() -> None:
     ones = torch.ones(1, 8, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(ValueError, match="not torch.float64"):
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
         fp8.project_fp8_gpu(ones, ones.to(FP8), ones[:, :1].float(), 8)
     words = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(ValueError, match="not torch.float64"):
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
         int4.project_int4_gpu(ones, words, words.to(torch.uint8), words.float(), 8)
     across = torch.zeros(8, 1, dtype=torch.int32, device=DEVICE).expand(8, 8).t()
     with pytest.raises(ValueError, match="outputs must be neighbours"):

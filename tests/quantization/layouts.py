@@ -42,7 +42,7 @@ def words_of(rows: list[list[int]], columns: list[int], lower: int = 0) -> Tenso
 
 def int4(weight: Tensor, group_of: list[int], symmetric: bool, rng: random.Random) -> tuple[Any, Any, Tensor, Tensor]:
     """Codes [inputs][outputs], zeros [groups][outputs], scales float16 [groups, outputs], and the weight again."""
-    outputs, inputs = weight.shape
+    outputs = len(weight)
     groups = max(group_of) + 1
     largest = weight.abs().max().item()
     scales = torch.tensor([[largest / 6 * rng.uniform(0.5, 1.0) for _ in range(outputs)] for _ in range(groups)]).half()

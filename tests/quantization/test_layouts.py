@@ -1,4 +1,4 @@
-"""Every layout: a checkpoint packed by the tests has the logits of the same model with the weights that it stands for."""
+"""Every layout: a checkpoint packed by the tests has the logits of the same model with dense weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_modules_left_out_are_dense(config: Any, maker: Maker, kept: list[str], 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["awq-32", "gptq-order", "fp8-block"])
 def test_narrow_types(case: str, dtype: str, tmp_path: Path) -> None:
-    """Activations of 16 bits: the weights are not rounded, so the result is nearer to float32 than the dense model's."""
+    """Activations of 16 bits against float32: the weights are the same numbers."""
     family, options, maker, config = CASES[case]
     reference(family, tmp_path / "source", **options)
     path = quantise(tmp_path / "source", tmp_path / "out", maker, config)

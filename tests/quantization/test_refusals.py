@@ -133,7 +133,7 @@ def test_transposed_floats(tmp_path: Path) -> None:
     reference("gpt2", tmp_path, num_key_value_heads=..., intermediate_size=...)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": compressed("tensor")}))
-    refused(tmp_path, UnsupportedModelError, r"c_attn is stored as \[inputs, outputs\], and 8-bit")
+    refused(tmp_path, UnsupportedModelError, r"c_attn is stored as \[inputs, outputs\], and weights of")
 
 
 def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
