@@ -24,6 +24,10 @@ class WatchedStore(WeightStore):
         self.moments_EE: Tensor | None = None
         self.rows = 0
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self.moments_EE, self.rows = None, 0
+
     def tensors(self) -> dict[str, list[Tensor]]:
         """See WeightStore."""
         return {f"{name}.weight": [self.weight_NE.data[start:end]] for name, start, end in self.spans}
