@@ -39,6 +39,8 @@ class LayerState:
     head_dim: int = 0
     v_head_dim: int = 0
     window: int = 0
+    values_in_keys: bool = False
+    """Values are the first `v_head_dim` numbers of the keys, so that they need not be kept twice."""
     state_shape: tuple[int, ...] = ()
     """Axes of a fixed state, those of one request."""
     ring: int = 0
@@ -58,6 +60,8 @@ class Plane:
     dtype: torch.dtype
     by_page: bool = False
     """One entry a page; such planes can only be sealed, not written slot by slot."""
+    within: str = ""
+    """Another plane of the class, of whose entries these are the first part: it has no memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class PageClass:
 
     def bytes_per_page(self, kv_heads: int, page_size: int) -> int:
         """Bytes of one page in one layer."""
-        entries = sum((1 if p.by_page else page_size) * math.prod(p.shape) * p.dtype.itemsize for p in self.planes)
+        own = [plane for plane in self.planes if not plane.within]
+        entries = sum((1 if p.by_page else page_size) * math.prod(p.shape) * p.dtype.itemsize for p in own)
         return kv_heads * entries
 
 

@@ -125,21 +125,25 @@ class CacheManager:
         self.index = PrefixIndex(page_size, namespace, [self._seen_rule(pool) for pool in self._plan])
         self.pools = [PagePool(pool.pages, partial(self.index.forget, p)) for p, pool in enumerate(self._plan)]
         self.planes: list[list[Tensor]] = []
-        """By pool, one tensor a plane of its class: [L, K, P, S, *shape] or [L, K, P, *shape]."""
+        """By pool, one tensor a plane with memory of its own: [L, K, P, S, *shape] or [L, K, P, *shape]."""
+        self._all_planes: list[list[Tensor]] = []
+        """By pool, one tensor a plane of its class, those that are parts of others among them."""
         for pool in self._plan:
             group = self.groups[pool.group]
             axes = (len(group.layers), group.state.kv_heads, pool.pages)
-            self.planes.append(
-                [
-                    torch.empty(*axes, *(() if x.by_page else (page_size,)), *x.shape, dtype=x.dtype, device=device)
-                    for x in group.codec.classes(group.state)[pool.number].planes
-                ]
-            )
+            planes = group.codec.classes(group.state)[pool.number].planes
+            own = {
+                x.name: torch.empty(*axes, *(() if x.by_page else (page_size,)), *x.shape, dtype=x.dtype, device=device)
+                for x in planes
+                if not x.within
+            }
+            self.planes.append(list(own.values()))
+            self._all_planes.append([own[x.within][..., : x.shape[0]] if x.within else own[x.name] for x in planes])
         self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         self._pools_of = [[p for p, pool in enumerate(self._plan) if pool.group == g] for g in range(len(self.groups))]
         # One view a layer, made once: slicing the pools in every layer of every step would cost more than the look-up.
         self._views = {
-            layer: tuple(tuple(x[i] for x in self.planes[p]) for p in self._pools_of[g])
+            layer: tuple(tuple(x[i] for x in self._all_planes[p]) for p in self._pools_of[g])
             for g, group in enumerate(self.groups)
             for i, layer in enumerate(group.layers)
         }
@@ -361,8 +365,8 @@ class CacheManager:
             first, end = request.freed[g], codec.sealed(request.n_done) // self.page_size
             if end <= first:
                 continue
-            sealed = codec.seal([plane[:, :, request.pages[g][first:end]] for plane in self.planes[g]])
-            for plane, contents in zip(self.planes[p], sealed, strict=True):
+            sealed = codec.seal([plane[:, :, request.pages[g][first:end]] for plane in self._all_planes[g]])
+            for plane, contents in zip(self._all_planes[p], sealed, strict=True):
                 plane[:, :, request.pages[p][first:end]] = contents
             self.free_behind(request, range(g, g + 1))
             if not self.prefix_caching:
@@ -401,7 +405,7 @@ class CacheManager:
             pages = request.pages[p][:front] if self._plan[p].number else request.pages[p][:end]
             if len(self._pools_of[group]) > 1 and not self._plan[p].number:
                 pages = pages[front:]
-            picked = [plane[:, :, pages] for plane in self.planes[p]]
+            picked = [plane[:, :, pages] for plane in self._all_planes[p]]
             parts.append(self.groups[group].codec.decode(self._plan[p].number, picked))
         k_LKnD, v_LKnD = (torch.cat(x, 2).flatten(2, 3)[:, :, :n] for x in zip(*parts, strict=True))
         return k_LKnD, v_LKnD

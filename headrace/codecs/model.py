@@ -24,7 +24,8 @@ class ModelType(Codec):
 
     def classes(self, state: LayerState) -> Sequence[PageClass]:
         """One class."""
-        k, v = Plane("k", (state.head_dim,), self.dtype), Plane("v", (state.v_head_dim,), self.dtype)
+        k = Plane("k", (state.head_dim,), self.dtype)
+        v = Plane("v", (state.v_head_dim,), self.dtype, within="k" if state.values_in_keys else "")
         return [PageClass("model", (k, v))]
 
     def encode(self, k_RKD: Tensor, v_RKD: Tensor) -> Sequence[Tensor]:

@@ -72,7 +72,7 @@ class LatentAttention(nn.Module):
     @property
     def state(self) -> LayerState:
         """What this layer keeps for a request: one head of latents."""
-        return LayerState("paged", 1, self.latent + self.rotated, self.latent)
+        return LayerState("paged", 1, self.latent + self.rotated, self.latent, values_in_keys=True)
 
     def mix(
         self, x_RE: Tensor, norm: tuple[Tensor, float] | None, rotation: Rotation | None, ctx: StepContext

@@ -46,7 +46,8 @@ class CausalLM(nn.Module, ABC):
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every checkpoint tensor by name, and the views of the parameters that it is copied to.
 
-        The embedding comes first. A name's views all have the shape of the checkpoint tensor; together the views cover all parameters.
+        The embedding comes first. A name's views all have the shape of the checkpoint tensor; together the views cover
+        all parameters.
         """
 
     def finish_loading(self) -> None:

@@ -24,6 +24,7 @@ from headrace.kernels.draw import DrawParams
 from headrace.kernels.draw.gpu import draw_gpu
 from headrace.kernels.draw_rows import DrawTables
 from headrace.kernels.draw_rows.gpu import draw_rows_gpu
+from headrace.kernels.experts import gpu as experts
 from headrace.kernels.place.gpu import place_gpu
 from headrace.kernels.project import gpu as project
 from headrace.kernels.project_fp8 import gpu as project_fp8
@@ -117,12 +118,23 @@ def launch_all() -> None:
     project_all()
     project_quantised_all()
     turn_all()
+    for dtype, pairs, has_bias in ((torch.float32, 6, False), (torch.bfloat16, 6, True), (torch.bfloat16, 900, False)):
+        tiles = experts.list_tiles(torch.zeros(pairs, dtype=torch.int64), 3)
+        weight = torch.zeros(3, 70, 77, dtype=dtype)
+        experts.multiply_tiles(
+            tiles, torch.zeros(pairs, 77, dtype=dtype), weight, weight[:, :, 0] if has_bias else None, 1
+        )
     attend_once(torch.bfloat16, 64, 64, 32, 8, 128, full=False, splits=True)
     attend_once(torch.bfloat16, 4096, 2, 28, 4, 128, full=True, splits=False)
     attend_once(torch.bfloat16, 40, 4, 8, 2, 16, full=True, splits=True)
     attend_once(torch.float16, 300, 3, 8, 8, 80, full=False, splits=False)
     attend_once(torch.float32, 64, 8, 32, 8, 128, full=True, splits=True)
     attend_once(torch.float32, 33, 1, 6, 2, 5, full=False, splits=False)
+    attend_once(torch.bfloat16, 64, 64, 8, 4, 256, full=True, splits=True)
+    attend_once(torch.bfloat16, 2048, 2, 16, 8, 256, full=False, splits=False)
+    for n_rows, n_reqs in ((64, 64), (1, 1), (2048, 2)):
+        attend_once(torch.bfloat16, n_rows, n_reqs, 128, 1, 576, full=False, splits=n_rows < 100, v_size=512)
+    attend_once(torch.bfloat16, 20, 20, 16, 1, 576, full=False, splits=False, v_size=512)
 
 
 def project_all() -> None:
@@ -188,7 +200,16 @@ def turn_all() -> None:
 
 
 def attend_once(
-    dtype: torch.dtype, n_rows: int, n_reqs: int, heads: int, kv_heads: int, size: int, *, full: bool, splits: bool
+    dtype: torch.dtype,
+    n_rows: int,
+    n_reqs: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    *,
+    full: bool,
+    splits: bool,
+    v_size: int | None = None,
 ) -> None:
     """Launch one step over tensors without contents; `full` asks for masks, a window, softcap, sinks and lse."""
     gpu_shape.PROGRAMS_A_PROCESSOR = 2**12 if splits else 1
@@ -198,11 +219,13 @@ def attend_once(
 
     masks = (empty(n_rows), empty(2 * n_rows)) if full else ()
     rows = AttentionRows(*(empty(n_rows) for _ in range(5)), empty(n_reqs + 1), empty(n_reqs), *masks)
-    pools = [empty(kv_heads, 9, 16, size, kind=dtype) for _ in "kv"]
+    v_size = v_size or size
+    pools = [empty(kv_heads, 9, 16, d, kind=dtype) for d in (size, v_size)]
     options: Any = {"window": 100, "softcap": 30.0, "sinks_H": empty(heads, kind=dtype), "need_lse": True}
     q_RHD = empty(n_rows, heads, size, kind=dtype)
     gpu.attend(q_RHD, rows, *pools, empty(n_reqs + 1, 2048), empty(n_reqs + 1), scale=0.1, **(options if full else {}))
-    gpu.write_kv(q_RHD[:, :kv_heads], q_RHD[:, :kv_heads], *pools, empty(n_rows, kind=torch.int64))
+    k_RKD = q_RHD[:, :kv_heads]
+    gpu.write_kv(k_RKD, k_RKD[..., :v_size], *pools, empty(n_rows, kind=torch.int64))
 
 
 if __name__ == "__main__":

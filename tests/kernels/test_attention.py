@@ -214,6 +214,8 @@ def make_case(
         layers = torch.full((3, *x.shape), math.nan, dtype=dtype).view(3, kv_heads, n_pages, page_size, x.shape[-1])
         layers[1] = x.to(dtype).view(layers.shape[1:])
         pools.append(layers[1] if seed % 2 else layers.transpose(0, 1).contiguous().transpose(0, 1)[1])
+    if v_size < size:
+        pools[1] = pools[0][..., :v_size]  # values are the first part of the keys
     return Case(
         q_RHD=q.to(dtype)[:, : kv_heads * group],
         rows=AttentionRows(*fields, ptr, int32(reqs), *bits_and_words),
@@ -308,6 +310,7 @@ def count_events(events: Counter[str], case: Case, wide: int) -> None:
         "ghost rows": case.real.count(False),
         "odd head counts": case.q_RHD.shape[1] % 2,
         "values of another size": case.k_KPSD.shape[3] != case.v_KPSD.shape[3],
+        "values in keys": case.v_KPSD.stride(2) > case.v_KPSD.shape[3],
         "several chunks": sum(mine[0] // CHUNK_SLOTS < mine[-1] // CHUNK_SLOTS for mine in case.seen if mine),
         **count_masks(case),
         str(case.q_RHD.dtype): 1,
@@ -349,7 +352,7 @@ def count_masks(case: Case) -> dict[str, int]:
 
 def expect_events(events: Counter[str], *names: str) -> None:
     common = "windows,softcap,sinks,empty rows,rows with a hole,ghost rows,odd head counts"
-    events.update(dict.fromkeys([*common.split(","), "values of another size", *names], 0))
+    events.update(dict.fromkeys([*common.split(","), "values of another size", "values in keys", *names], 0))
 
 
 def compare(case: Case, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:

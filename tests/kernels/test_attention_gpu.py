@@ -121,6 +121,17 @@ GRID: dict[str, dict[str, Any]] = {
     "all at once": {"group": 2, "size": 16, "page_size": 4, "window": 9, "softcap": 2.0, "sinks": True, **MIXED},
     "trees": {"group": 4, "size": 16, "page_size": 4, **TREES},
     "trees under a window": {"group": 2, "size": 64, "page_size": 16, "window": 45, **TREES},
+    "latents": {
+        "group": 40,
+        "kv_heads": 1,
+        "size": 600,
+        "v_size": 512,
+        "page_size": 4,
+        "sinks": True,
+        "counts": (3, 1),
+        "committed": (5, 20),
+        "kinds": ("causal", "causal"),
+    },
     "ghosts": {"group": 2, "size": 16, "page_size": 4, "ghosts": 5, "ghost_tail": 1, **MIXED},
 }
 

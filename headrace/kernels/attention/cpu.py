@@ -20,6 +20,7 @@ from torch import Tensor
 from headrace.kernels.attention import reference
 from headrace.kernels.attention.cpu_kernel import attend_narrow, write_rows
 from headrace.kernels.attention.cpu_work import list_items, list_seen, share_out
+from headrace.kernels.attention.pools import pool_strides
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.cpu_runtime import use_torch_threads
 
@@ -309,19 +310,12 @@ def _run_narrow(
         parts[1].ctypes.data,
         0 if plan.words_W is None else plan.words_W.data_ptr(),
     )
-    strides = (q_RHD.stride(0), q_RHD.stride(1), _head_stride(k_pool_KPSD), _head_stride(v_pool_KPSD))
-    shape = (*strides, heads, heads // kv_heads, size, v_size, plan.page_size)
+    (k_head, _), (v_head, v_slot) = pool_strides(k_pool_KPSD), pool_strides(v_pool_KPSD)
+    strides = q_RHD.stride(0), q_RHD.stride(1), k_head, v_head
+    shape = (*strides, heads, heads // kv_heads, size, v_size, plan.page_size, v_slot)
     attend_narrow(
         io, shape, like, acc_like, scale, softcap, work.sees_R7, plan.table_BP, work.items_N5, work.joins_X4, bounds_T1
     )
-
-
-def _head_stride(pool_KPSD: Tensor) -> int:
-    """Elements from one head to the next of a pool whose heads are contiguous."""
-    slots, size = pool_KPSD.shape[2:]
-    if pool_KPSD.stride()[1:] != (slots * size, size, 1) and not pool_KPSD[0].is_contiguous():
-        raise ValueError(f"pool strides are {pool_KPSD.stride()}: all but the first must be those of [P, S, D]")
-    return pool_KPSD.stride(0)
 
 
 def _gather(q_RHD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, work: _Wide) -> tuple[Tensor, Tensor, Tensor]:
@@ -399,6 +393,7 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
         )
     k_RKD, v_RKD = (x if x.dtype == dtype and x.stride(2) == 1 else x.to(dtype).contiguous() for x in (k_RKD, v_RKD))
     place_R = place_R.contiguous()
+    v_head, v_slot = pool_strides(v_pool_KPSD)
     shape = (
         k_RKD.shape[0],
         k_RKD.shape[1],
@@ -406,10 +401,11 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
         k_RKD.stride(1),
         v_RKD.stride(0),
         v_RKD.stride(1),
-        _head_stride(k_pool_KPSD),
-        _head_stride(v_pool_KPSD),
+        pool_strides(k_pool_KPSD)[0],
+        v_head,
         k_RKD.shape[2],
         v_RKD.shape[2],
+        v_slot,
     )
     write_rows(
         k_RKD.data_ptr(),

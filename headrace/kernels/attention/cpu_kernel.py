@@ -167,7 +167,9 @@ def _list_slots(sees: Any, begin: Any, end: Any, pages: Any, page_size: Any, wor
 
 
 @njit_serial(fastmath=FAST_SUMS)
-def _score(q_GD: Any, keys: Any, values: Any, v_bytes: Any, like: Any, place: Any, n: Any, s_GT: Any) -> None:
+def _score(
+    q_GD: Any, keys: Any, values: Any, v_bytes: Any, v_slot: Any, like: Any, place: Any, n: Any, s_GT: Any
+) -> None:
     """s[g, j] = q_g k_j, for all query heads of a key head while its keys pass by.
 
     Four slots at a time, so that q is loaded once for them. When the keys end, the first values are asked for.
@@ -179,7 +181,7 @@ def _score(q_GD: Any, keys: Any, values: Any, v_bytes: Any, like: Any, place: An
             if ahead < n:
                 _prefetch(keys + place[ahead] * size * like.itemsize, size * like.itemsize)
             else:
-                _prefetch(values + place[ahead] * v_bytes, v_bytes)
+                _prefetch(values + place[ahead] * v_slot * like.itemsize, v_bytes)
         k0, k1 = _vector(keys, place[j] * size, size, like), _vector(keys, place[j + 1] * size, size, like)
         k2, k3 = _vector(keys, place[j + 2] * size, size, like), _vector(keys, place[j + 3] * size, size, like)
         for g in range(len(q_GD)):
@@ -228,14 +230,15 @@ def _sum(s: Any, n: Any) -> Any:
 
 
 @njit_serial(fastmath=FAST_SUMS)
-def _add_values(p_GT: Any, values: Any, like: Any, place: Any, n: Any, acc_GD: Any) -> None:
+def _add_values(p_GT: Any, values: Any, v_slot: Any, like: Any, place: Any, n: Any, acc_GD: Any) -> None:
     """acc[g] += sum_j p[g, j] v_j, four slots at a time so that acc is loaded and stored once for them."""
     size = acc_GD.shape[1]
     for j in range(0, n, 4):
         for ahead in range(j + AHEAD_SLOTS, min(j + AHEAD_SLOTS + 4, n)):
-            _prefetch(values + place[ahead] * size * like.itemsize, size * like.itemsize)
-        v0, v1 = _vector(values, place[j] * size, size, like), _vector(values, place[j + 1] * size, size, like)
-        v2, v3 = _vector(values, place[j + 2] * size, size, like), _vector(values, place[j + 3] * size, size, like)
+            _prefetch(values + place[ahead] * v_slot * like.itemsize, size * like.itemsize)
+        v0, v1 = _vector(values, place[j] * v_slot, size, like), _vector(values, place[j + 1] * v_slot, size, like)
+        v2 = _vector(values, place[j + 2] * v_slot, size, like)
+        v3 = _vector(values, place[j + 3] * v_slot, size, like)
         for g in range(len(acc_GD)):
             p0, p1, p2, p3 = p_GT[g, j], p_GT[g, j + 1], p_GT[g, j + 2], p_GT[g, j + 3]
             for d in range(size):
@@ -247,6 +250,7 @@ def _attend_tile(
     q_GD: Any,
     keys: Any,
     values: Any,
+    v_slot: Any,
     like: Any,
     place: Any,
     n: Any,
@@ -257,7 +261,7 @@ def _attend_tile(
 ) -> None:
     """Join the listed slots into the running softmax: state = (largest score, sum of exponentials)."""
     padded = (n + 3) // 4 * 4
-    _score(q_GD, keys, values, acc_GD.shape[1] * like.itemsize, like, place, padded, s_GT)
+    _score(q_GD, keys, values, acc_GD.shape[1] * like.itemsize, v_slot, like, place, padded, s_GT)
     for g in range(len(q_GD)):
         s, state = s_GT[g], state_G2[g]
         if softcap > 0:
@@ -273,7 +277,7 @@ def _attend_tile(
         if shrink != 1:
             for d in range(acc_GD.shape[1]):
                 acc_GD[g, d] *= shrink
-    _add_values(s_GT, values, like, place, padded, acc_GD)
+    _add_values(s_GT, values, v_slot, like, place, padded, acc_GD)
 
 
 @njit_serial()
@@ -303,7 +307,7 @@ def _attend_item(
 ) -> None:  # fmt: skip
     """One block of rows, one key/value head, one chunk of slots."""
     q, keys, values, out, lse, sinks, parts, part_states, words = io
-    q_row, q_head, k_head, v_head, heads, group, size, v_size, page_size = shape
+    q_row, q_head, k_head, v_head, heads, group, size, v_size, page_size, v_slot = shape
     first, count, begin, end, part = item[0], item[1], item[2], item[3], item[4]
     for r in range(count):
         for g in range(group):
@@ -321,7 +325,7 @@ def _attend_item(
             n = _list_slots(sees, tile, min(tile + TILE_SLOTS, end), table_BP[sees[0]], page_size, words, place)
             if n > 0:
                 x = slice(r * group, r * group + group)
-                _attend_tile(q_XD[x], keys, values, like, place, n, softcap, s_GT, state_X2[x], acc_XD[x])
+                _attend_tile(q_XD[x], keys, values, v_slot, like, place, n, softcap, s_GT, state_X2[x], acc_XD[x])
     for r in range(count):
         for g in range(group):
             x, head = r * group + g, k * group + g
@@ -393,7 +397,7 @@ def attend_narrow(
 @njit_serial()
 def write_rows(k: Any, v: Any, keys: Any, values: Any, places: Any, shape: Any, like: Any, place_like: Any) -> None:
     """Copy the rows' keys and values to their places."""
-    rows, kv_heads, k_row, k_step, v_row, v_step, k_head, v_head, size, v_size = shape
+    rows, kv_heads, k_row, k_step, v_row, v_step, k_head, v_head, size, v_size, v_slot = shape
     place_R = _vector(places, 0, rows, place_like)
     for head in range(kv_heads):
         for row in range(rows):
@@ -401,7 +405,7 @@ def write_rows(k: Any, v: Any, keys: Any, values: Any, places: Any, shape: Any, 
             source = _vector(k, row * k_row + head * k_step, size, like)
             for d in range(size):
                 to[d] = source[d]
-            to = _vector(values, head * v_head + place_R[row] * v_size, v_size, like)
+            to = _vector(values, head * v_head + place_R[row] * v_slot, v_size, like)
             source = _vector(v, row * v_row + head * v_step, v_size, like)
             for d in range(v_size):
                 to[d] = source[d]

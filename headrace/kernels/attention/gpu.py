@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import by_rows, reference, squares
-from headrace.kernels.attention.gpu_shape import Chip, Heads, Shape, choose_shape, padded, rows_beside_prompts
+from headrace.kernels.attention.gpu_shape import (
+    Chip,
+    Heads,
+    Shape,
+    choose_shape,
+    padded,
+    parts_of_group,
+    rows_beside_prompts,
+)
+from headrace.kernels.attention.pools import pool_strides
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
 from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
@@ -159,9 +168,16 @@ def attend(
     has_sinks = sinks_H is not None
     sinks_H = out_RHD if sinks_H is None else sinks_H.contiguous()  # a kernel wants a tensor for what it does not read
     kinds = Heads(group, kv_heads, size, v_size, dtype.itemsize)
+    parts = parts_of_group(kinds)
+    if parts > 1 and kv_heads == 1:
+        # As many key/value heads, all of them the same one.
+        k_pool_KPSD, v_pool_KPSD = (pool.expand(parts, -1, -1, -1) for pool in (k_pool_KPSD, v_pool_KPSD))
+        group, kv_heads = group // parts, parts
+        kinds = kinds._replace(group=group, kv_heads=kv_heads)
     shape = plan.shape(kinds)
     few = rows_beside_prompts(shape, plan.n_reqs, kinds)
     is_split = shape.n_splits > 1
+    (k_head, _), (v_head, v_slot) = pool_strides(k_pool_KPSD), pool_strides(v_pool_KPSD)
     part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
     least = few.tile_rows + 1 if few else 0
     passes = [(shape, plan.tiles(shape, window, least))]
@@ -192,8 +208,8 @@ def attend(
             window,
             q_RHD.stride(0),
             q_RHD.stride(1),
-            _head_stride(k_pool_KPSD),
-            _head_stride(v_pool_KPSD),
+            k_head,
+            v_head,
             page_table_BP.stride(0),
             plan.max_slots,
             cut.n_splits,
@@ -205,6 +221,7 @@ def attend(
             S=page_size,
             D=size,
             DV=v_size,
+            V_SLOT=v_slot,
             BLOCK_D=padded(size),
             BLOCK_DV=padded(v_size),
             HAS_WINDOW=window > 0,
@@ -275,14 +292,6 @@ def _attend_beside_squares(
     return out_RHD
 
 
-def _head_stride(pool_KPSD: Tensor) -> int:
-    """Elements from one head to the next of a pool whose heads are contiguous."""
-    slots, size = pool_KPSD.shape[2:]
-    if pool_KPSD.stride()[1:] != (slots * size, size, 1) and not pool_KPSD[0].is_contiguous():
-        raise ValueError(f"pool strides are {pool_KPSD.stride()}: all but the first must be those of [P, S, D]")
-    return pool_KPSD.stride(0)
-
-
 def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tensor) -> None:
     """Store the rows' keys and values at physical slots `place_R`, int64, in one launch. Any floating types."""
     from headrace.kernels.attention.gpu_kernel import write_rows
@@ -293,6 +302,7 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
     if not n_rows:
         return
     block_d, block_dv = next_power(size), next_power(v_size)
+    v_pool_head, v_slot = pool_strides(v_pool_KPSD)
     block_k = min(next_power(kv_heads), max(1, 4096 // max(block_d, block_dv)))
     write_rows[(n_rows, -(-kv_heads // block_k))](
         k_RKD,
@@ -304,11 +314,12 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
         k_RKD.stride(1),
         v_RKD.stride(0),
         v_RKD.stride(1),
-        _head_stride(k_pool_KPSD),
-        _head_stride(v_pool_KPSD),
+        pool_strides(k_pool_KPSD)[0],
+        v_pool_head,
         KV_HEADS=kv_heads,
         D=size,
         DV=v_size,
+        V_SLOT=v_slot,
         BLOCK_K=block_k,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,

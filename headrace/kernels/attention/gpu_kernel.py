@@ -136,6 +136,7 @@ def _visit(
     S: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    V_SLOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -169,12 +170,14 @@ def _visit(
         place = page.to(tl.int64) * S + s % S
         if EXACT:
             k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
-            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+            v = tl.load(values + place[:, None] * V_SLOT + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
             k = tl.where(used[None, :], k, 0.0)
             v = tl.where(used[:, None], v, 0.0)
         else:
             k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
-            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0)
+            v = tl.load(
+                values + place[:, None] * V_SLOT + dv[None, :], mask=used[:, None] & (dv < DV)[None, :], other=0.0
+            )
     else:
         page = tl.load(pages + s // S)
         place = page.to(tl.int64) * S + s % S
@@ -183,9 +186,9 @@ def _visit(
         else:
             k = tl.load(keys + place[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
         if BLOCK_DV == DV:
-            v = tl.load(values + place[:, None] * DV + dv[None, :])
+            v = tl.load(values + place[:, None] * V_SLOT + dv[None, :])
         else:
-            v = tl.load(values + place[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+            v = tl.load(values + place[:, None] * V_SLOT + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
     score = tl.dot(q, k, input_precision="ieee") * scale
     if HAS_SOFTCAP:
         # softcap arrives with the factor log2(e) and scale with 1 / softcap: tanh(x) = 1 - 2 / (exp(2x) + 1)
@@ -240,6 +243,7 @@ def attend_tiles(
     S: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    V_SLOT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -300,17 +304,20 @@ def attend_tiles(
             for block in range(_first_of(begin, split, n_splits), whole_begin, n_splits):
                 acc, top, mass = _visit(
                     acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                    max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
+                    max_slots, scale, softcap, S, D, DV, V_SLOT, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    HAS_SOFTCAP, HAS_BITS, EXACT, True,
                 )  # fmt: skip
         for block in range(_first_of(whole_begin, split, n_splits), whole_end, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, False,
+                max_slots, scale, softcap, S, D, DV, V_SLOT, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_SOFTCAP, HAS_BITS, EXACT, False,
             )  # fmt: skip
         for block in range(_first_of(whole_end, split, n_splits), stop, n_splits):
             acc, top, mass = _visit(
                 acc, top, mass, q, block, keys, values, pages, lows, firsts, begins, ends, bits, words_W, n_words,
-                max_slots, scale, softcap, S, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_SOFTCAP, HAS_BITS, EXACT, True,
+                max_slots, scale, softcap, S, D, DV, V_SLOT, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_SOFTCAP, HAS_BITS, EXACT, True,
             )  # fmt: skip
 
     # Whole blocks were computed for padding rows too. A mass of NaN is no nothing: its row saw NaN.
@@ -409,6 +416,7 @@ def write_rows(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    V_SLOT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -424,4 +432,4 @@ def write_rows(
     d = tl.arange(0, BLOCK_DV)[None, :]
     mask = (head < KV_HEADS) & (d < DV)
     v = tl.load(v_RKD + row * v_row + head * v_head + d, mask=mask)
-    tl.store(v_pool_KPSD + head * v_pool_head + place * DV + d, v.to(v_pool_KPSD.dtype.element_ty), mask=mask)
+    tl.store(v_pool_KPSD + head * v_pool_head + place * V_SLOT + d, v.to(v_pool_KPSD.dtype.element_ty), mask=mask)

@@ -21,6 +21,8 @@ BLOCK_BYTES = 2**14
 MAX_BLOCK_N = 128
 PROMPT_ROWS = 16
 """Rows a request, on average, from which a step counts as prompts: these take the largest tile."""
+QUERY_BYTES = 2**16
+"""Bytes of the queries of a tile."""
 MAX_STAGES = 3
 SMALLEST_DOT = 16
 """Smallest side of a matrix product."""
@@ -94,6 +96,15 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
         n_warps=8 if wide else 4,
         n_stages=min(max(n_stages, 1), MAX_STAGES),
     )
+
+
+def parts_of_group(heads: Heads) -> int:
+    """In how many parts the query heads of a key/value head are dealt with: their queries have to fit into a tile.
+
+    Latent attention has one key/value head, wide and for all query heads.
+    """
+    lines = max(QUERY_BYTES // (padded(heads.size) * heads.itemsize), SMALLEST_DOT)
+    return next(n for n in range(1, heads.group + 1) if heads.group % n == 0 and next_power(heads.group // n) <= lines)
 
 
 def rows_beside_prompts(shape: Shape, n_reqs: int, heads: Heads) -> Shape | None:
