@@ -20,6 +20,7 @@ from headrace.models.checkpoint import load_model
 from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
+from headrace.quantization import FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = """\
@@ -49,6 +50,7 @@ def systems_page() -> str:
             for p in registry
         ]
         lines.append("")
+    lines += _forms()
     lines += ["## Pairs", "", *_pairs(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
@@ -58,6 +60,14 @@ def systems_page() -> str:
         "Triton; on a GPU steps are recorded as CUDA graphs too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _forms() -> list[str]:
+    """What checkpoints may hold weights in: no option of the engine, so that there are no pairs of it."""
+    lines = ["## Weight form", "", "Said by the checkpoint, `quant_method` in its `quantization_config`.", ""]
+    lines += ["| form | label | what it does | source | composes with |", "| --- " * 5 + "|"]
+    lines += [f"| {p.name} | {p.label} | {p.summary} | {p.source} | {p.composes} |" for p in FORMS]
+    return [*lines, ""]
 
 
 def _pairs() -> list[str]:
