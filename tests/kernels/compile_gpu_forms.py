@@ -164,7 +164,7 @@ def project_all() -> None:
 
 def project_quantised_all() -> None:
     """Each form by rows, on the shapes of an 8B model and on odd ones."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         for rows, inputs, outputs, group in (
             (1, 4096, 6144, 128),
             (5, 104, 77, 40),
