@@ -52,16 +52,15 @@ class Case(NamedTuple):
         return "GPTQ, ordered" if self.desc_act else "GPTQ"
 
 
-CASES = [
-    Case("fp8"),
-    *(
+def cases(group_sizes: Sequence[int]) -> list[Case]:
+    """All that are measured."""
+    ways = [
         Case(method, group, calibrated)
-        for group in (128, 32)
+        for group in group_sizes
         for calibrated in (False, True)
         for method in ("awq", "gptq")
-    ),
-    Case("gptq", 128, True, True),
-]
+    ]
+    return [Case("fp8"), *ways, *(Case("gptq", group, True, True) for group in group_sizes)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="files to score (default: Headrace's own modules)")
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to score at most (default: 100000)")
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="tokens to round by (default: 32768)")
+    parser.add_argument(
+        "--group-sizes",
+        type=int,
+        nargs="+",
+        default=[128, 32],
+        help="inputs of a group, awq and gptq (default: 128 32)",
+    )
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--dtype", default="auto", help="of what is not quantised (default: auto)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="requests that decode together")
@@ -93,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         {"layout": "dense", "rounding": "", "group": "", "bits per byte": f"{known:.4f}", "more": "", **_memory(dense)}
         | {f"speed, {size} requests": "1" for size in arguments.batch_sizes}
     ]
-    for case in CASES:
+    for case in cases(arguments.group_sizes):
         _progress(f"{case.method}, {case.rounding}, group {case.group_size}")
         with tempfile.TemporaryDirectory() as directory:
             quantise_checkpoint(
@@ -115,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         for size in arguments.batch_sizes:
             row[f"speed, {size} requests"] = f"{_speed(llm, dense, size, arguments.steps, arguments.repeats):.2f}"
         rows.append(row)
+        _progress(f"{row}")
     facts = machine()
     text = (
         f"{headline(facts)}\n\n{Path(arguments.model).name}, {dense.engine.device}; {scored:,} tokens, "
@@ -162,14 +169,14 @@ def windows(length: int, window: int) -> list[tuple[int, int, int]]:
 
 
 def score(llm: LLM, tokenizer: Tokenizer, texts: Sequence[str], most: int) -> tuple[float, int, int]:
-    """Bits per byte of whole texts, until `most` tokens are reached; the tokens and bytes that were scored."""
+    """Bits per byte of whole texts, as many as have `most` tokens together; the tokens and bytes that were scored."""
     jobs: list[tuple[list[int], int]] = []
     n_tokens = n_bytes = 0
     bos = llm.engine.model.config.bos_token_id
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if n_tokens and n_tokens + len(ids) > most:
-            break
+            continue
         n_tokens, n_bytes = n_tokens + len(ids), n_bytes + len(text.encode())
         ids = ids if bos is None else [bos, *ids]
         for start, end, first in windows(len(ids), llm.engine.max_model_len):
