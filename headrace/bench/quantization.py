@@ -153,6 +153,7 @@ def _load(arguments: argparse.Namespace, path: str) -> LLM:
         device=arguments.device,
         dtype=arguments.dtype,
         kv_cache_gib=0.5,
+        max_num_batched_tokens=1024,  # the same for all: on a busy machine the measured budget can be any
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
     )
