@@ -16,19 +16,23 @@ import asyncio
 import enum
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from headrace.engine.engine import check_urgency
-from headrace.errors import ConfigError, EngineDeadError, QueueFullError
+from headrace.checks import show
+from headrace.engine.adapters import LoadedAdapter
+from headrace.engine.engine import check_request_id, check_urgency
+from headrace.errors import ConfigError, EngineDeadError, HeadraceError, QueueFullError
 from headrace.front import Encoded, Prompt, TextFront
 from headrace.llm import LLM
+from headrace.models.adapters import read_adapter
 from headrace.outputs import RequestOutput
 from headrace.params import SamplingParams
 from headrace.request import Request
@@ -59,7 +63,7 @@ class AsyncLLM:
         **options: Any,
     ) -> None:
         if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
-            raise ConfigError(f"max_queue is {max_queue!r}; it must be a whole number of at least 1")
+            raise ConfigError(f"max_queue is {show(max_queue)}; it must be a whole number of at least 1")
         if front is not None and (model is not None or options):
             given = ", ".join([*(["model"] if model is not None else []), *options])
             raise ConfigError(f"a front is given, and so is {given}: its model is loaded already; give one of them")
@@ -114,6 +118,8 @@ class AsyncLLM:
         """
         self._worker.check()
         check_urgency(priority, deadline_s)
+        if request_id is not None:
+            check_request_id(request_id)
         stream = _Stream(
             request_id=f"async-{next(self._ids)}" if request_id is None else request_id,
             encoded=self._encode(prompt),
@@ -140,14 +146,43 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its reader gets a last output with the reason `abort`. Unknown or finished ids are no
-        error. Returns when its pages are back. Raises EngineDeadError."""
+        error. Returns when its pages are back. Raises EngineDeadError, and RequestError for an id that is no
+        text."""
         self._worker.check()
+        check_request_id(request_id)
         for stream in self._coming:
             stream.aborted |= stream.request_id == request_id
         self._room.dismiss(request_id)
         done = _News()
         self._worker.post(_Abort(request_id, news=done))
         await done.wait()
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name: what `SamplingParams(adapter=...)` may ask for."""
+        return self._front.engine.adapters.loaded
+
+    async def load_adapter(self, name: str, path_or_id: str | os.PathLike[str]) -> None:
+        """Load an adapter beside running requests: see `LLM.load_adapter`. Its files are read in a thread of their own.
+
+        Raises EngineDeadError besides.
+        """
+        self._worker.check()
+        adapter = await asyncio.to_thread(read_adapter, path_or_id)
+        await self._ask(lambda: self._front.engine.load_adapter(name, adapter))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: see `LLM.unload_adapter`. Raises EngineDeadError besides."""
+        self._worker.check()
+        await self._ask(lambda: self._front.engine.unload_adapter(name))
+
+    async def _ask(self, act: Callable[[], object]) -> None:
+        """Have the engine's thread do something between two steps. Raises what that raises."""
+        errand = _Errand(act)
+        self._worker.post(errand)
+        await errand.news.wait()
+        if errand.error is not None:
+            raise errand.error
 
     async def shutdown(self) -> None:
         """Stop after the step that runs. Requests in flight end with the reason `abort` and the tokens they have;
@@ -287,6 +322,16 @@ class _Abort:
     """Rung when it is done."""
 
 
+@dataclass(eq=False)
+class _Errand:
+    """Something that the engine's thread does between two steps."""
+
+    act: Callable[[], object]
+    error: BaseException | None = None
+    news: _News = field(default_factory=_News)
+    """Rung when it is done, or when it never will be."""
+
+
 class _Fate(enum.Enum):
     """What has become of one that waits for a seat."""
 
@@ -377,13 +422,13 @@ class _Worker:
         self._front = front
         self._engine = front.engine
         self._room = room
-        self._inbox: deque[_Stream | _Abort] = deque()
+        self._inbox: deque[_Stream | _Abort | _Errand] = deque()
         self._changed = threading.Condition()
         """Guards inbox, stopping and closed."""
         self._stopping = False
         self._closed = False
         self._cause: BaseException | None = None
-        self._work: deque[_Stream | _Abort] = deque()
+        self._work: deque[_Stream | _Abort | _Errand] = deque()
         self._streams: dict[str, _Stream] = {}
         self._rung: dict[_News, _Stream | None] = {}
         self._arrived = 0
@@ -391,7 +436,7 @@ class _Worker:
 
     # From any thread
 
-    def post(self, item: _Stream | _Abort) -> None:
+    def post(self, item: _Stream | _Abort | _Errand) -> None:
         """Hand something to the engine's thread. Raises EngineDeadError."""
         with self._changed:
             if not self._stopping and not self._closed:
@@ -467,9 +512,16 @@ class _Worker:
             self._inbox.clear()
             return not self._stopping
 
-    def _do(self, item: _Stream | _Abort) -> None:
+    def _do(self, item: _Stream | _Abort | _Errand) -> None:
         if isinstance(item, _Stream):
             self._add(item)
+            return
+        if isinstance(item, _Errand):
+            try:
+                item.act()
+            except HeadraceError as error:  # refused; the engine is unharmed
+                item.error = error
+            self._rung[item.news] = None
             return
         if item.stream is None or self._streams.get(item.request_id) is item.stream:
             self._deliver(self._engine.abort(item.request_id))
@@ -542,6 +594,8 @@ class _Worker:
             if isinstance(item, _Stream):
                 item.fail(self.death())
                 self._free_seat(item)
+            if isinstance(item, _Errand):
+                item.error = self.death()
             if item.news is not None:
                 self._rung[item.news] = None
         self._streams.clear()

@@ -7,11 +7,15 @@ choices stand here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.checks import did_you_mean, names_checked, settle_types, show
 from headrace.errors import ConfigError
 
+MOST = 2**30
+"""Of anything that is counted: tables on the device hold 32-bit numbers."""
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
@@ -20,6 +24,7 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, m
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+@names_checked("option", ConfigError)
 @dataclass(frozen=True)
 class EngineConfig:
     """Options fixed when the engine starts. Raises ConfigError for values that can never work."""
@@ -36,6 +41,15 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
     )
+    adapters: str | Mapping[str, str] | None = option(
+        None,
+        "adapters (LoRA, saved by PEFT) that requests may name: name=directory or name=hub id, separated by commas; in "
+        "Python also a mapping",
+    )
+    max_adapters: int | None = option(
+        None, "adapters that are loaded at once at most, for which memory is taken; if not given, as many as are named"
+    )
+    max_adapter_rank: int = option(16, "largest rank of an adapter; memory and time grow with it")
     scheduler: str = option("splitfuse", "step composer, a name from docs/systems.md")
     decoder: str = option(
         "autoregressive",
@@ -79,29 +93,47 @@ class EngineConfig:
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:
-        for name, low in (("max_num_seqs", 1), ("page_size", 1), ("draft_tokens", 1), ("cache_interval", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name, low in (
-            ("max_model_len", 1),
-            ("max_num_batched_tokens", 1),
-            ("num_pages", 2),
-            ("cache_budget", 1),
-            ("selector_budget", 1),
+        settle_types(self, ConfigError)
+        for name in ("model", "tokenizer", "draft_model", "revision"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is an empty text: give a name, or leave it out")
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ConfigError(
+                f"tokenizer is {self.tokenizer!r}, but skip_tokenizer_init loads none: leave out one of the two"
+            )
+        for name, low, high in (
+            ("max_num_seqs", 1, MOST),
+            ("page_size", 1, MOST),
+            ("draft_tokens", 1, 1024),
+            ("cache_interval", 1, MOST),
+            ("max_model_len", 1, MOST),
+            ("max_num_batched_tokens", 1, MOST),
+            ("num_pages", 2, MOST),
+            ("cache_budget", 1, MOST),
+            ("selector_budget", 1, MOST),
+            ("max_adapter_rank", 1, MOST),
+            ("max_adapters", 0, MOST),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name} is {value}; it must be at least {low}, or None to choose it automatically")
+            if value is not None and not low <= value <= high:
+                automatic = ", or None to choose it automatically" if _default_of(type(self), name) is None else ""
+                bound = f"at least {low}" if value < low else f"at most {high}"
+                raise ConfigError(f"{name} is {show(value)}; it must be {bound}{automatic}")
+        named = len(self.adapter_sources)
+        if self.max_adapters is not None and named > self.max_adapters:
+            raise ConfigError(f"adapters names {named}, and max_adapters is {self.max_adapters}: raise it")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]")
-        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
-            raise ConfigError(f"kv_cache_gib is {self.kv_cache_gib}; it must be positive")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < float("inf"):
+            raise ConfigError(f"kv_cache_gib is {self.kv_cache_gib}; it must be a positive number of GiB")
         if self.kv_cache_gib is not None and self.num_pages is not None:
             raise ConfigError("kv_cache_gib and num_pages both set the size of the cache: give one of them")
         for spec in dataclasses.fields(self):
             choices = spec.metadata["choices"]
-            if choices and getattr(self, spec.name) not in choices:
-                raise ConfigError(f"{spec.name} is {getattr(self, spec.name)!r}; choose from {', '.join(choices)}")
+            value = getattr(self, spec.name)
+            if choices and value not in choices:
+                hint = did_you_mean(value, choices)
+                raise ConfigError(f"{spec.name} is {show(value)}{hint or ';'} choose from {', '.join(choices)}")
         if self.swap_space_gib is not None:
             if not 0 <= self.swap_space_gib < float("inf"):
                 raise ConfigError(f"swap_space_gib is {self.swap_space_gib}; it must be a number of GiB, at least 0")
@@ -116,4 +148,38 @@ class EngineConfig:
                     'out, or choose preemption="auto"'
                 )
         if not -(2**63) <= self.seed < 2**64:
-            raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
+            raise ConfigError(f"seed is {show(self.seed)}; it must fit into 64 bits")
+
+    @property
+    def adapter_sources(self) -> dict[str, str]:
+        """Directory or hub id of each adapter to load at the start, by name. Raises ConfigError."""
+        if isinstance(self.adapters, Mapping):
+            pairs = [(name, str(source)) for name, source in self.adapters.items()]
+        else:
+            pairs = [(name.strip(), source.strip()) for name, _, source in _split(self.adapters or "")]
+        for name, source in pairs:
+            check_adapter_name(name)
+            if not source:
+                raise ConfigError(f"adapters has no directory for {name!r}: write name=directory, separated by commas")
+        if len(dict(pairs)) < len(pairs):
+            raise ConfigError(f"adapters names one twice: {', '.join(name for name, _ in pairs)}; give each its own")
+        return dict(pairs)
+
+    @property
+    def adapter_places(self) -> int:
+        """Adapters for which there is memory."""
+        return len(self.adapter_sources) if self.max_adapters is None else self.max_adapters
+
+
+def check_adapter_name(name: Any) -> None:
+    """Raise ConfigError for what cannot be the name of an adapter."""
+    if not isinstance(name, str) or not name.strip() or any(sign in name for sign in ",="):
+        raise ConfigError(f"an adapter is named {name!r}; a name is text without commas and equal signs")
+
+
+def _split(text: str) -> list[tuple[str, str, str]]:
+    return [part.partition("=") for part in text.split(",") if part.strip()]
+
+
+def _default_of(kind: type, name: str) -> Any:
+    return next(spec.default for spec in dataclasses.fields(kind) if spec.name == name)

@@ -19,6 +19,10 @@ class CheckpointError(HeadraceError):
     """The checkpoint's files are missing, damaged, or contradict its configuration."""
 
 
+class AdapterError(HeadraceError, ValueError):
+    """An adapter that cannot be loaded or unloaded as things stand: its name, its rank, its place, or who uses it."""
+
+
 class TokenizerError(HeadraceError):
     """The tokenizer's files are missing or cannot do what was asked of them."""
 
@@ -41,6 +45,10 @@ class EngineDeadError(HeadraceError):
 
 class NumericalError(HeadraceError):
     """The model produced logits that no token can be drawn from (NaN, or nothing finite)."""
+
+
+class OutputError(HeadraceError):
+    """What was made could not be written: the disk is full, or the file was taken away."""
 
 
 class InvariantError(HeadraceError):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, cast
 
-from headrace.engine.engine import Engine
+from headrace.checks import show, unknown
+from headrace.engine.engine import Engine, as_ids
 from headrace.errors import RequestError
 from headrace.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from headrace.params import SamplingParams
@@ -22,6 +23,8 @@ Prompt = str | dict[str, Any] | list[int]
 
 TextHook = Callable[[Request, str], None]
 """Called with a request and the text that has become certain."""
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 Encoded = tuple[list[int], str | None]
 """Token ids of a prompt and, where it was given, its text."""
@@ -100,14 +103,20 @@ class TextFront:
         if isinstance(prompt, str):
             text = prompt
         elif _are_ids(prompt):
-            return prompt, None
-        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            return list(prompt["prompt_token_ids"]), prompt.get("prompt")
-        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
+            return as_ids(prompt), None
+        elif isinstance(prompt, dict) and ("prompt_token_ids" in prompt or isinstance(prompt.get("prompt"), str)):
+            for key in prompt:
+                if key not in PROMPT_KEYS:
+                    raise RequestError(unknown("entry of a prompt", key, PROMPT_KEYS))
+            if "prompt_token_ids" in prompt:
+                ids, given = prompt["prompt_token_ids"], prompt.get("prompt")
+                if given is not None and not isinstance(given, str):
+                    raise RequestError(f"a prompt has the text {show(given)}; it must be a text or None")
+                return as_ids(ids), given
             text = prompt["prompt"]
         else:
             raise RequestError(
-                f"a prompt is {type(prompt).__name__} {prompt!r:.80}; give text, token ids, "
+                f"a prompt is {type(prompt).__name__} {show(prompt)}; give text, token ids, "
                 'or {"prompt": ...} or {"prompt_token_ids": [...]}'
             )
         if self.tokenizer is None:
@@ -128,8 +137,7 @@ class TextFront:
         arrival_s: float | None = None,
     ) -> list[Request]:
         """Queue the samples of an encoded prompt: `Engine.add`. Raises RequestError."""
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError("stop strings need the tokenizer: leave out skip_tokenizer_init")
+        self._check_stops(params)
         tokens, text = encoded
         return self.engine.add(
             tokens,
@@ -141,6 +149,16 @@ class TextFront:
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> Encoded:
+        """The encoded prompt, if it could be served with these parameters; queues nothing. Raises RequestError."""
+        self._check_stops(params)
+        tokens, text = self.encode(prompt)
+        return self.engine.check(tokens, params), text
+
+    def _check_stops(self, params: SamplingParams) -> None:
+        if isinstance(params, SamplingParams) and params.stop_strings and self.tokenizer is None:
+            raise RequestError("stop strings need the tokenizer: leave out skip_tokenizer_init")
 
     # Out
 

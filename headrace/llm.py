@@ -8,25 +8,38 @@ print(out[0].outputs[0].text)
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
+from headrace.checks import show, whole_number
 from headrace.config import EngineConfig
+from headrace.engine.adapters import LoadedAdapter
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError, TokenizerError
 from headrace.front import Encoded, Prompt, TextFront, TextHook
+from headrace.layers.adapters import AdapterBank
 from headrace.models.checkpoint import load_model, resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
 from headrace.request import Request
 from headrace.text.tokenizer import Tokenizer
+
+log = logging.getLogger("headrace")
+
+OutputHook = Callable[[int, RequestOutput], None]
+"""Called with the place of a prompt in its call and its output, as soon as all its samples have ended."""
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "headrace-py-16m"
 BUNDLED_DRAFT = Path(__file__).parent / "assets" / "headrace-py-draft"
@@ -45,13 +58,9 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        known = [f.name for f in dataclasses.fields(EngineConfig)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}; known: {', '.join(known)}")
-        if model is None:  # the bundled model brings its drafter
-            options = {"draft_model": str(BUNDLED_DRAFT), **{k: v for k, v in options.items() if v is not None}}
-        self.config = EngineConfig(model=None if model is None else str(model), **options)
+        if model is None and options.get("draft_model") is None and "draft_model" in str(options.get("decoder")):
+            options = {**options, "draft_model": str(BUNDLED_DRAFT)}  # the bundled model brings its drafter
+        self.config = EngineConfig(model=cast("str | None", model), **options)
         device = _choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
@@ -60,6 +69,7 @@ class LLM:
         if not self.config.skip_tokenizer_init:
             tokenizer_path = resolve_model(self.config.tokenizer, weights=False) if self.config.tokenizer else path
             self.tokenizer = Tokenizer.from_dir(tokenizer_path)
+        places = self.config.adapter_places
         network = load_model(
             str(path),
             device=device,
@@ -67,11 +77,24 @@ class LLM:
             load_format=self.config.load_format,
             max_model_len=self.config.max_model_len,
             seed=self.config.seed,
+            adapters=AdapterBank(places, self.config.max_adapter_rank) if places else None,
         )
+        if self.tokenizer and self.tokenizer.vocab_size > network.config.vocab_size:
+            log.warning(
+                "the tokenizer knows %d tokens and the model %d: a prompt with one of the others is refused",
+                self.tokenizer.vocab_size,
+                network.config.vocab_size,
+            )
         eos_ids = self.tokenizer.eos_ids if self.tokenizer else list(network.config.eos_token_ids)
         self.engine = Engine(self.config, network, eos_ids=eos_ids)
+        if self.config.draft_model and not any(decoder.models for decoder in self.engine.decoders.values()):
+            raise ConfigError(
+                f"draft_model is {self.config.draft_model!r}, but decoder={self.config.decoder!r} runs no model of its "
+                "own: leave it out, or load a decoder that drafts with a model"
+            )
         self.front = TextFront(self.engine, self.tokenizer)
         self._ids = itertools.count()
+        self._busy = threading.Lock()
 
     # Generation
 
@@ -84,22 +107,30 @@ class LLM:
         deadline_s: float | None = None,
         use_tqdm: bool = False,
         on_text: TextHook | None = None,
+        on_output: OutputHook | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts; outputs are in the order of the prompts.
 
         One params object serves all prompts, or one a prompt; so does `priority`, and the lower number is served
         first. What is not finished after `deadline_s` seconds ends with the tokens it has and the reason `timeout`.
-        Raises RequestError before anything runs if any prompt or parameter is bad. `on_text(request, text)` is called
-        as text becomes certain.
+        Raises RequestError before anything runs if any prompt or parameter is bad, naming the first. `on_text(request,
+        text)` is called as text becomes certain, `on_output(index, output)` as each prompt is complete. What these
+        raise ends the call, and so does Ctrl-C, which waits for the step that runs: all requests of the call are
+        aborted, and the next call finds an idle engine. (A second Ctrl-C does not wait; make a new LLM then.)
         """
         batch = _as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
-        encoded = [self.front.encode(prompt) for prompt in batch]
-        self.front.on_text = on_text
+        encoded = [self._checked(i, prompt, one, len(batch)) for i, (prompt, one) in enumerate(zip(batch, params))]
+        priorities = _as_priorities(priority, len(batch))
+        return self._run(encoded, params, use_tqdm, priorities, deadline_s, on_text, on_output)
+
+    def _checked(self, place: int, prompt: Prompt, params: SamplingParams, count: int) -> Encoded:
         try:
-            return self._run(encoded, params, use_tqdm, _as_priorities(priority, len(batch)), deadline_s)
-        finally:
-            self.front.on_text = None
+            return self.front.check(prompt, params)
+        except RequestError as error:
+            if count == 1:
+                raise
+            raise RequestError(f"prompts[{place}]: {error}") from error
 
     def chat(
         self,
@@ -115,7 +146,9 @@ class LLM:
         """Answer conversations, each a list of {"role", "content"}, through the chat template: see `generate`."""
         if self.tokenizer is None:
             raise TokenizerError("chat needs the tokenizer's template: leave out skip_tokenizer_init")
-        single = bool(messages) and isinstance(messages[0], dict)
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        # What is no list, or empty, is no conversation either, and is refused as one.
+        single = not is_list or not messages or not isinstance(messages[0], Sequence)
         conversations = cast("Sequence[Sequence[dict[str, Any]]]", [messages] if single else messages)
         prompts: list[Prompt] = [
             {"prompt_token_ids": self.tokenizer.encode_chat(one, add_generation_prompt=add_generation_prompt)}
@@ -130,12 +163,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt] | None = None,
         *,
+        adapter: str | None = None,
         use_tqdm: bool = False,
     ) -> list[ScoreOutput]:
         """Teacher-forced log-probabilities in nats.
 
         Without continuations every prompt token after the first is scored and counted in `total`. With them
-        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs.
+        (one a prompt, encoded on their own without special tokens and appended) `total` counts only theirs. `adapter`:
+        the loaded adapter under which all are scored.
         """
         batch = _as_batch(prompts)
         heads = [self.front.encode(prompt)[0] for prompt in batch]
@@ -144,13 +179,39 @@ class LLM:
             tails = [self.front.encode(tail, special=False)[0] for tail in _as_batch(continuations)]
             if len(tails) != len(heads):
                 raise RequestError(f"{len(tails)} continuations for {len(heads)} prompts: give one a prompt")
-        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, detokenize=False, adapter=adapter)
         encoded: list[Encoded] = [(h + t, None) for h, t in zip(heads, tails, strict=True)]
-        outputs = self._run(encoded, [params] * len(encoded), use_tqdm, [0] * len(encoded), None)
+        outputs = self._run(encoded, [params] * len(encoded), use_tqdm, [0] * len(encoded), None, None, None)
         return [
             _as_score(output, len(head) if continuations is not None else 1)
             for output, head in zip(outputs, heads, strict=True)
         ]
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name: what `SamplingParams(adapter=...)` may ask for."""
+        return self.engine.adapters.loaded
+
+    def load_adapter(self, name: str, path_or_id: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA, arXiv 2106.09685) that PEFT saved, from a directory or the hub.
+
+        There is room for `max_adapters` of rank `max_adapter_rank` at most. Raises AdapterError for a name that is
+        taken, for lack of room and for a larger rank, CheckpointError for broken files and other shapes than the
+        model's, UnsupportedModelError for what is not implemented.
+        """
+        self._check_own()
+        self.engine.load_adapter(name, path_or_id)
+
+    def unload_adapter(self, name: str) -> None:
+        """Give its room back. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self._check_own()
+        self.engine.unload_adapter(name)
+
+    def _check_own(self) -> None:
+        if self.front.live:
+            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
 
     def _run(
         self,
@@ -159,41 +220,107 @@ class LLM:
         use_tqdm: bool,
         priorities: Sequence[int],
         deadline_s: float | None,
+        on_text: TextHook | None,
+        on_output: OutputHook | None,
     ) -> list[RequestOutput]:
-        if self.front.live:
-            raise RequestError("an AsyncLLM drives this model's engine: send requests there, or shut it down first")
-        queued: list[list[Request]] = []
+        self._check_own()
+        if not self._busy.acquire(blocking=False):
+            raise RequestError(
+                "this LLM is in the middle of another call: wait for its end, or use an AsyncLLM for many callers"
+            )
+        queued: dict[str, list[Request]] = {}
         try:
-            for number, (prompt, one, priority) in enumerate(zip(encoded, params, priorities, strict=True)):
-                request_id = str(next(self._ids))
-                queued.append(
-                    self.front.add(
-                        prompt, one, request_id=request_id, number=number, priority=priority, deadline_s=deadline_s
-                    )
-                )
-            total = sum(map(len, queued))
-            with tqdm(total=total, desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                self._drain(bar)
-            return [self.front.output(samples) for samples in queued]
-        except BaseException:
-            # An interrupted call must not leave requests behind that the next call would run.
-            for samples in queued:
-                self.engine.abort(samples[0].request_id)
-            raise
+            with interrupts_between_steps() as let_through:
+                self.front.on_text = on_text
+                try:
+                    for number, (prompt, one, priority) in enumerate(zip(encoded, params, priorities, strict=True)):
+                        request_id = str(next(self._ids))
+                        queued[request_id] = self.front.add(
+                            prompt, one, request_id=request_id, number=number, priority=priority, deadline_s=deadline_s
+                        )
+                    return self._drain(queued, use_tqdm, on_output, let_through)
+                except BaseException:
+                    # An interrupted call must not leave requests behind that the next call would run.
+                    for request_id in queued:
+                        self.engine.abort(request_id)
+                    raise
+                finally:
+                    self.front.on_text = None
+                    for samples in queued.values():
+                        self.front.forget(samples)
         finally:
-            for samples in queued:
-                self.front.forget(samples)
+            self._busy.release()
 
-    def _drain(self, bar: Any) -> None:
+    def _drain(
+        self,
+        queued: Mapping[str, Sequence[Request]],
+        use_tqdm: bool,
+        on_output: OutputHook | None,
+        let_through: Callable[[], None],
+    ) -> list[RequestOutput]:
+        """Step until all have ended; their outputs in the order in which they were queued."""
+        places = {request_id: place for place, request_id in enumerate(queued)}
+        outputs: dict[int, RequestOutput] = {}
         start_tokens = self.engine.stats.output_tokens
-        while self.engine.has_work:
-            for request in self.engine.step():
-                if request.finish:
-                    bar.update()
+        total = sum(map(len, queued.values()))
+        # Even a bar that shows nothing starts a thread.
+        shown = tqdm(total=total, desc="generating", unit="req", dynamic_ncols=True) if use_tqdm else nullcontext()
+        with shown as bar:
+            while self.engine.has_work:
+                let_through()
+                for request in self.engine.step():
+                    if not request.finish:
+                        continue
                     self.front.close(request)
-            tokens = self.engine.stats.output_tokens - start_tokens
-            elapsed_s = bar.format_dict["elapsed"] or 1e-9
-            bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
+                    if request.request_id not in places:
+                        continue  # somebody has put it into the engine himself
+                    samples, place = queued[request.request_id], places[request.request_id]
+                    if all(sample.finish for sample in samples):
+                        outputs[place] = self.front.output(samples)
+                        if on_output:
+                            on_output(place, outputs[place])
+                    if bar is not None:
+                        bar.update()
+                if bar is not None:
+                    tokens = self.engine.stats.output_tokens - start_tokens
+                    elapsed_s = bar.format_dict["elapsed"] or 1e-9
+                    bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tok/s", refresh=False)
+        let_through()
+        return [outputs[place] for place in range(len(queued))]
+
+
+@contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back, and yield the function that lets it through: raised in the middle of a step it would leave
+    half of what the step changes. A second one is not held back: a step may hang.
+
+    Only the main thread gets signals, and only Python's handlers can wait: elsewhere nothing is held back.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if in_main else None
+    if not callable(before):
+        yield lambda: None
+        return
+    handler: Callable[[int, FrameType | None], Any] = before
+    held: list[FrameType | None] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(frame)
+        if len(held) > 1:
+            handler(number, frame)
+
+    def let_through() -> None:
+        if held:
+            frame = held[0]
+            held.clear()
+            handler(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield let_through
+    finally:
+        signal.signal(signal.SIGINT, before)
+    let_through()
 
 
 def _choose_device(name: str) -> torch.device:
@@ -205,13 +332,18 @@ def _choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu")
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    batch = list(prompts)
-    if batch and all(isinstance(token, int) for token in batch):
-        return [batch]  # type: ignore[list-item]
-    return batch  # type: ignore[return-value]
+    try:
+        batch = None if isinstance(prompts, bytes) else list(prompts)
+    except TypeError:
+        batch = None
+    if batch is None:
+        raise RequestError(f"prompts is {show(prompts)}; give a text, token ids, or a list of such")
+    if batch and all(whole_number(token) is not None for token in batch):
+        return [batch]
+    return batch
 
 
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -219,14 +351,16 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
-    if not isinstance(params, Iterable) or len(params) != count:
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Sequence):
+        raise RequestError(f"sampling_params is {show(params)}; give a SamplingParams(...), or a list of them")
+    if len(params) != count:
         raise RequestError(f"{len(params)} sampling params for {count} prompts: give one for all, or one a prompt")
     return list(params)
 
 
-def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [priority] * count
+def _as_priorities(priority: Any, count: int) -> list[int]:
+    if not isinstance(priority, Sequence) or isinstance(priority, str):
+        return [cast("int", priority)] * count
     if len(priority) != count:
         raise RequestError(f"{len(priority)} priorities for {count} prompts: give one for all, or one a prompt")
     return list(priority)

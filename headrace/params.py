@@ -7,12 +7,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.checks import names_checked, settle_types, show
 from headrace.config import option
 from headrace.errors import RequestError
 
 MAX_SEED = 2**64
+MAX_N = 16384
+"""Samples of one prompt; each is a request of its own."""
+MAX_BIAS = 1e4
+"""Far more than any logit, and far from the end of float32."""
 
 
+@names_checked("sampling parameter", RequestError)
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Raises RequestError naming value, limit and way out.
@@ -50,12 +56,14 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = option(None, "only these tokens may be drawn")
     decoder: str | None = option(None, "one of the engine's decoders; if not given, its first")
     evictor: str | None = option(None, "one of the engine's evictors; if not given, its first")
+    adapter: str | None = option(None, "one of the loaded adapters, by name; if not given, the model as it is")
     cache_budget: int | None = option(
         None, "slots (tokens) of each cache cell that the request keeps; if not given, the engine's"
     )
     truncate_prompt_tokens: int | None = option(None, "keep only this many of the last prompt tokens")
 
     def __post_init__(self) -> None:
+        settle_types(self, RequestError)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check_ranges()
@@ -68,8 +76,8 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         limits: list[tuple[str, float, float, str]] = [
-            ("n", 1, math.inf, ""),
-            ("temperature", 0.0, math.inf, "0 is greedy"),
+            ("n", 1, MAX_N, "for more, send the prompt again with another seed"),
+            ("temperature", 0.0, 1e4, "0 is greedy"),
             ("top_k", 0, 2**31 - 1, "0 or -1 turns it off"),
             ("min_p", 0.0, 1.0, "0 turns it off"),
             ("max_tokens", 0, math.inf, "None means up to the model's length"),
@@ -86,36 +94,44 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise RequestError(f"{name} is {value!r}; it must be a number")
-            whole = name not in ("temperature", "min_p", "presence_penalty", "frequency_penalty")
-            if whole and not isinstance(value, int):
-                raise RequestError(f"{name} is {value!r}; it must be a whole number")
-            if not low <= value <= high or (not whole and not math.isfinite(value)):
+            if not low <= value <= high:
                 bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise RequestError(f"{name} is {value}; it must be {bound}{'; ' + hint if hint else ''}")
+                raise RequestError(f"{name} is {show(value)}; it must be {bound}{'; ' + hint if hint else ''}")
         if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"top_p is {self.top_p}; it must be in (0, 1]; 1 turns it off, temperature=0 is greedy")
-        if not (self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty)):
-            raise RequestError(f"repetition_penalty is {self.repetition_penalty}; it must be positive; 1 turns it off")
+            raise RequestError(
+                f"top_p is {show(self.top_p)}; it must be in (0, 1]; 1 turns it off, temperature=0 is greedy"
+            )
+        if not 1e-4 <= self.repetition_penalty <= 1e4:
+            raise RequestError(
+                f"repetition_penalty is {show(self.repetition_penalty)}; it must be positive, between 0.0001 and "
+                "10000.0; 1 turns it off"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}: lower it")
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < MAX_SEED):
-            raise RequestError(f"seed is {self.seed!r}; it must be a whole number in [0, 2**64)")
+            raise RequestError(
+                f"min_tokens is {show(self.min_tokens)}, more than max_tokens {self.max_tokens}: lower it"
+            )
+        if self.seed is not None and not 0 <= self.seed < MAX_SEED:
+            raise RequestError(f"seed is {show(self.seed)}; it must be a whole number in [0, 2**64)")
 
     def _check_lists(self) -> None:
         for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
+            if not text:
                 raise RequestError(f"stop has {text!r}; a stop string needs at least one character: leave it out")
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop strings need text: set detokenize=True or use stop_token_ids")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
-                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                    raise RequestError(f"{name} has {token!r}; token ids are whole numbers from 0")
+                if token < 0:
+                    raise RequestError(f"{name} has {show(token)}; token ids are whole numbers from 0")
         for token, value in (self.logit_bias or {}).items():
-            if math.isnan(value) or value == math.inf:
-                raise RequestError(f"logit_bias[{token}] is {value}; it must be finite, or -inf to forbid the token")
+            if not -MAX_BIAS <= value <= MAX_BIAS and value != -math.inf:
+                raise RequestError(
+                    f"logit_bias[{token}] is {show(value)}; it must be between {-MAX_BIAS} and {MAX_BIAS}, or -inf to "
+                    "forbid the token"
+                )
+        for name in ("decoder", "evictor"):
+            if getattr(self, name) == "":
+                raise RequestError(f"{name} is an empty text: give a name, or leave it out for the engine's first")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: no token could be drawn; leave it out to allow all")
 
@@ -125,11 +141,19 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise RequestError if a token id lies outside the model's vocabulary."""
+        """Raise RequestError if a token id lies outside the model's vocabulary, or more log-probs are asked for than
+        it has tokens."""
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise RequestError(
+                    f"{name} is {show(getattr(self, name))}; the model's vocabulary has {vocab_size} tokens: lower it"
+                )
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
                 if token >= vocab_size:
-                    raise RequestError(f"{name} has token id {token}; the model's vocabulary has {vocab_size} tokens")
+                    raise RequestError(
+                        f"{name} has token id {show(token)}; the model's vocabulary has {vocab_size} tokens"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the portable record."""
@@ -138,5 +162,14 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SamplingParams:
         """Inverse of `to_dict`; JSON turns the keys of logit_bias into strings, which is undone here."""
+        if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+            raise RequestError(f"sampling parameters are {show(data)}; they must be an object with names as keys")
         bias = data.get("logit_bias")
-        return cls(**{**data, "logit_bias": {int(k): v for k, v in bias.items()} if bias else None})
+        if isinstance(bias, dict):
+            data = {**data, "logit_bias": {_token_of_key(key): value for key, value in bias.items()}}
+        return cls(**data)
+
+
+def _token_of_key(key: Any) -> Any:
+    is_number = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
+    return int(key) if is_number else key

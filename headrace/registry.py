@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from headrace.checks import did_you_mean, show
 from headrace.errors import ConfigError
 
 Label = Literal["exact", "in_law", "lossy", "contextual"]
@@ -71,7 +72,10 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> Part[T]:
         if name not in self._parts:
-            raise ConfigError(f"{self.option}={name!r} is not a known {self.seam}; known: {', '.join(self._parts)}")
+            hint = did_you_mean(name, self._parts) or ";"
+            raise ConfigError(
+                f"{self.option}={show(name)} is not a known {self.seam}{hint} known: {', '.join(self._parts)}"
+            )
         return self._parts[name]
 
     def __iter__(self) -> Iterator[Part[T]]:

@@ -8,13 +8,16 @@ resumed anywhere from its record continues with the same tokens.
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.checks import show
 from headrace.errors import HeadraceError, InvariantError, RequestError
-from headrace.params import SamplingParams
+from headrace.params import MAX_SEED, SamplingParams
 
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 NEVER = 2**30
 """A token index that is never reached."""
 
@@ -112,6 +115,8 @@ class Request:
     """Tokens by group whose slots were evicted: the cache holds `n_done` minus these."""
     evictor: str = ""
     """Which of the engine's evictors bounds its cache."""
+    model_law: str = ""
+    """The model that its tokens come from."""
     cache_law: str = ""
     """The options of the engine's cache that its tokens depend on."""
     cache_budget: int = 0
@@ -128,6 +133,10 @@ class Request:
     """The first sample of the prompt, whose cache of the prompt this one shares."""
     decoder: str = ""
     """Which of the engine's decoders runs it."""
+    adapter: int = 0
+    """Place of its adapter; 0: none."""
+    adapter_digest: str | None = None
+    """What that adapter holds."""
     drafted: int = 0
     """Drafts that the decoder holds for the next step."""
     salt: bytes = b""
@@ -204,25 +213,21 @@ class Request:
             "top_logprobs": [_plain(p) for p in self.top_logprobs],
             "prompt_logprobs": [_plain(p) for p in self.prompt_logprobs],
             "preemptions": self.preemptions,
+            "model_law": self.model_law,
             "cache_law": self.cache_law,
             "eviction": [self.evictor, self.cache_budget, self.exact_len],
+            "adapter": self.adapter_digest,
             "priority": self.priority,
             "deadline_left_s": left_s,
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any], **derived: Any) -> Request:
-        """A request in WAITING that continues where the record was taken.
+        """A request in WAITING that continues where a record was taken that `check_record` has passed.
 
         `derived` are the fields the engine computes from its own configuration and clock (stream, limit, stop_ids,
         deadline_at_s).
-        Raises RequestError if the record has another version.
         """
-        if record.get("version") != RECORD_VERSION:
-            raise RequestError(
-                f"the record has version {record.get('version')!r}; this release reads {RECORD_VERSION}: "
-                "export it again with the same release"
-            )
         return cls(
             request_id=record["request_id"],
             prompt=record["prompt"],
@@ -246,3 +251,97 @@ def _plain(position: PositionLogprobs | None) -> list[list[Any]] | None:
 
 def _rich(position: list[list[Any]] | None) -> PositionLogprobs | None:
     return None if position is None else {t: Logprob(p, rank, text) for t, p, rank, text in position}
+
+
+def check_record(record: Any) -> SamplingParams:
+    """The sampling parameters of a portable record. Raises RequestError, naming the entry, for one that is damaged or
+    of another release."""
+    if not isinstance(record, Mapping):
+        raise RequestError(f"the record is {show(record)}; it must be an object, as Engine.export gives it")
+    if record.get("version") != RECORD_VERSION:
+        raise RequestError(
+            f"the record has version {show(record.get('version'))}; this release reads {RECORD_VERSION}: "
+            "export it again with the same release"
+        )
+    for name, (is_good, must) in _ENTRIES.items():
+        if name not in record or not is_good(record[name]):
+            found = show(record[name]) if name in record else "missing"
+            raise RequestError(f"the record's {name} is {found}; it must be {must}: export the request again")
+    params = SamplingParams.from_dict(record["params"])
+    outputs = len(record["tokens"]) - record["prompt_len"]
+    top, given = len(record["top_logprobs"]), len(record["prompt_logprobs"])
+    rules = [
+        ("prompt_len", outputs >= 0, f"at most the number of its tokens, {len(record['tokens'])}"),
+        ("sample", record["sample"] < params.n, f"below n = {params.n}"),
+        ("token_logprobs", len(record["token_logprobs"]) == outputs, f"a list of {outputs}, one an output token"),
+        ("top_logprobs", top == (0 if params.logprobs is None else outputs), "one an output token where asked for"),
+        (
+            "prompt_logprobs",
+            given <= (0 if params.prompt_logprobs is None else record["prompt_len"]),
+            "at most one a prompt token, where asked for",
+        ),
+    ]
+    for name, holds, must in rules:
+        if not holds:
+            raise RequestError(
+                f"the record's {name} is {show(record[name])}; it must be {must}: export the request again"
+            )
+    return params
+
+
+def _is_count(value: Any, low: int = 0, below: float = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < below
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_seconds(value: Any) -> bool:
+    return value is None or (_is_number(value) and abs(value) <= 1e15 and not math.isnan(value))
+
+
+def _is_position(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(entry, (list, tuple))
+        and len(entry) == 4
+        and _is_count(entry[0])
+        and _is_number(entry[1])
+        and _is_count(entry[2])
+        and (entry[3] is None or isinstance(entry[3], str))
+        for entry in value
+    )
+
+
+def _is_list(value: Any, is_good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(is_good, value))
+
+
+def _is_eviction(value: Any) -> bool:
+    name_first = isinstance(value, (list, tuple)) and len(value) == 3 and isinstance(value[0], str) and value[0] != ""
+    return name_first and _is_count(value[1]) and _is_count(value[2])
+
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "request_id": (lambda x: isinstance(x, str), "a text"),
+    "prompt": (lambda x: x is None or isinstance(x, str), "a text or null"),
+    "prompt_len": (lambda x: _is_count(x, 1), "a whole number from 1"),
+    "adapter": (lambda x: x is None or isinstance(x, str), "the digest of an adapter or null"),
+    "tokens": (lambda x: _is_list(x, _is_count), "a list of token ids"),
+    "params": (lambda x: isinstance(x, dict), "an object"),
+    "seed": (lambda x: _is_count(x, 0, MAX_SEED), "a whole number in [0, 2**64)"),
+    "sample": (_is_count, "a whole number from 0"),
+    "token_logprobs": (lambda x: _is_list(x, _is_number), "a list of numbers"),
+    "top_logprobs": (lambda x: _is_list(x, _is_position), "a list of lists of [token, log-prob, rank, text]"),
+    "prompt_logprobs": (
+        lambda x: _is_list(x, lambda p: p is None or _is_position(p)),
+        "a list of null or lists of [token, log-prob, rank, text]",
+    ),
+    "preemptions": (_is_count, "a whole number from 0"),
+    "model_law": (lambda x: isinstance(x, str), "a text"),
+    "cache_law": (lambda x: isinstance(x, str), "a text"),
+    "eviction": (_is_eviction, "[evictor, budget, token index]"),
+    "priority": (lambda x: _is_count(x, -(2**63), 2**63), "a whole number"),
+    "deadline_left_s": (_is_seconds, "a number of seconds or null"),
+}
+"""Entry of a record, whether a value of it is well formed, and what it must be."""

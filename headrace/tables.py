@@ -59,6 +59,7 @@ class RequestTable:
         self.top_k = self._table("top_k", (rows,))
         self.top_p = self._table("top_p", (rows,), torch.float32, fill=1.0)
         self.min_p = self._table("min_p", (rows,), torch.float32)
+        self.adapter = self._table("adapter", (rows,))  # place of the request's adapter; 0: none
 
     def _table(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32, fill: float = 0, axis: int = 0
@@ -98,6 +99,7 @@ class RequestTable:
             "top_k": params.top_k,
             "top_p": params.top_p,
             "min_p": params.min_p,
+            "adapter": request.adapter,
         }
         if clocks is not None:
             values.update(clocks._asdict())

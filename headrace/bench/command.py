@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.bench import cpu, gpu, kernels, quantization, seams
+from headrace.bench import adapters, cpu, gpu, kernels, quantization, seams
 
-BENCHES = {"cpu": cpu, "gpu": gpu, "kernels": kernels, "quantization": quantization, "seams": seams}
+BENCHES = {
+    "adapters": adapters,
+    "cpu": cpu,
+    "gpu": gpu,
+    "kernels": kernels,
+    "quantization": quantization,
+    "seams": seams,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

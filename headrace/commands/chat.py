@@ -39,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
             line = input("> " if interactive else "")
         except EOFError:
             return 0
+        except UnicodeDecodeError as error:
+            print(f"[the line is not {error.encoding} (byte {error.start}): type it again]", file=sys.stderr)
+            continue
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.checks import show
 from headrace.commands.options import NAMED_TWICE, add_options, read_options
+from headrace.commands.output import Lines
 from headrace.config import EngineConfig
 from headrace.errors import RequestError
 from headrace.outputs import RequestOutput
@@ -24,6 +26,8 @@ from headrace.request import PositionLogprobs
 if TYPE_CHECKING:
     from headrace.llm import LLM
 
+LISTED = 8
+"""Bad lines that a message names; the rest is counted."""
 SHOWN = 3
 """Completions printed at the end."""
 DEFAULTS: dict[str, Any] = {"max_tokens": 128}
@@ -51,62 +55,123 @@ class Job:
     params: SamplingParams
     extra: dict[str, Any]
     """Fields handed through to the output, such as `id`."""
+    where: str
+    """Where it comes from, for messages."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns the exit status."""
-    from headrace.llm import LLM  # here, so that --help does not wait for torch
-
     defaults = read_options(arguments, SamplingParams, skip=NAMED_TWICE, **DEFAULTS)
-    jobs = [Job(text, defaults, {}) for text in arguments.prompt]
+    config = read_options(arguments, EngineConfig, skip=("seed",))
+    jobs = [Job(text, defaults, {}, f"prompt {i + 1}") for i, text in enumerate(arguments.prompt)]
     if arguments.input is not None:
         jobs += read_jobs(arguments.input, defaults)
     if not jobs:
         raise RequestError("there is nothing to complete: name a JSONL file or give --prompt")
+    if arguments.input and arguments.output and _same_file(arguments.input, arguments.output):
+        raise RequestError(f"{arguments.output} is the input too: give another file with -o")
+    lines = Lines(arguments.output, len(jobs))
+    try:
+        llm, rows = _complete(jobs, config, lines, use_tqdm=sys.stderr.isatty() or arguments.compare)
+        lines.close()
+        if arguments.compare:
+            rows.append(("one at a time", *_one_at_a_time(llm, jobs)))
+    except KeyboardInterrupt:
+        lines.abandon()
+        print(f"\nheadrace: interrupted; {lines.kept}", file=sys.stderr)
+        return 130
+    except BaseException:
+        lines.abandon()
+        raise
+    _report(rows, arguments.output)
+    return 1 if any(sample.error for output in rows[0][1] for sample in output.outputs) else 0
+
+
+Row = tuple[str, list[RequestOutput], float]
+"""Name of a run, what it made, and its seconds."""
+
+
+def _complete(jobs: Sequence[Job], config: EngineConfig, lines: Lines, *, use_tqdm: bool) -> tuple[LLM, list[Row]]:
+    """Load the model and complete all prompts together."""
+    from headrace.llm import LLM  # here, so that --help does not wait for torch
+
     started_s = time.perf_counter()
     print("loading the model; on a CPU the very first run also compiles kernels, up to half a minute", file=sys.stderr)
-    config = read_options(arguments, EngineConfig, skip=("seed",))
     llm = LLM(**dataclasses.asdict(config))
     print(f"model ready in {time.perf_counter() - started_s:.1f} s", file=sys.stderr)
-    prompts, params = [job.prompt for job in jobs], [job.params for job in jobs]
+    bad = []
+    for job in jobs:
+        try:
+            llm.front.check(job.prompt, job.params)
+        except RequestError as error:
+            bad.append(f"{job.where}: {error}")
+    _refuse(bad)
     start_s = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty() or arguments.compare)
-    batch_s = time.perf_counter() - start_s
-    lines = [json.dumps(_line(job, output), ensure_ascii=False) for job, output in zip(jobs, outputs, strict=True)]
-    if arguments.output is None:
-        print("\n".join(lines))
-    else:
-        _write(arguments.output, lines)
-    rows = [("batched", outputs, batch_s)]
-    if arguments.compare:
-        rows.append(("one at a time", *_one_at_a_time(llm, prompts, params)))
-    _report(rows, arguments.output)
-    return 1 if any(sample.error for output in outputs for sample in output.outputs) else 0
+    outputs = llm.generate(
+        [job.prompt for job in jobs],
+        [job.params for job in jobs],
+        use_tqdm=use_tqdm,
+        on_output=lambda place, output: lines.put(place, _line(jobs[place], output)),
+    )
+    return llm, [("batched", outputs, time.perf_counter() - start_s)]
 
 
 def read_jobs(path: Path, defaults: SamplingParams) -> list[Job]:
-    """Jobs of a JSONL file. Raises RequestError naming the line that cannot be read."""
+    """Jobs of a JSONL file. Raises RequestError naming every line that cannot be read: all lines are run, or none."""
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}; give a JSONL file with one prompt a line") from error
-    jobs = []
-    for number, line in enumerate(text.splitlines(), 1):
+        data = sys.stdin.read().encode(errors="surrogateescape") if str(path) == "-" else path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(f"{path}: {reason}; give a JSONL file with one prompt a line") from error
+    jobs, bad = [], []
+    # At line feeds alone: other separators of Unicode are characters of a text.
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}, line {number}: not JSON ({error.msg}): {line:.60}") from error
-        if not isinstance(record, dict) or not ("prompt" in record or "prompt_token_ids" in record):
-            raise RequestError(f'{path}, line {number}: needs "prompt" or "prompt_token_ids"')
-        given = record.pop("params", {})
-        known = {spec.name for spec in dataclasses.fields(SamplingParams)}
-        if not isinstance(given, dict) or set(given) - known:
-            raise RequestError(f"{path}, line {number}: params {given!r:.80}; known: {', '.join(sorted(known))}")
-        prompt = {key: record.pop(key) for key in ("prompt", "prompt_token_ids") if key in record}
-        jobs.append(Job(prompt, dataclasses.replace(defaults, **given), record))
+            jobs.append(_read_job(line, defaults, where))
+        except RequestError as error:
+            bad.append(f"{where}: {error}")
+    _refuse(bad)
     return jobs
+
+
+def _read_job(line: bytes, defaults: SamplingParams, where: str) -> Job:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"not UTF-8 (byte {error.start}): {show(line)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or str(error)
+        raise RequestError(f"not JSON ({reason}): {show(line.decode())}") from error
+    if not isinstance(record, dict) or not ("prompt" in record or "prompt_token_ids" in record):
+        raise RequestError(f'needs "prompt" or "prompt_token_ids": {show(record)}')
+    given = record.pop("params", {})
+    if not isinstance(given, dict):
+        raise RequestError(f"params is {show(given)}; it must be an object")
+    try:
+        params = SamplingParams.from_dict({**defaults.to_dict(), **given})
+    except RequestError as error:
+        raise RequestError(f"params: {error}") from error
+    prompt = {key: record.pop(key) for key in ("prompt", "prompt_token_ids") if key in record}
+    return Job(prompt, params, record, where)
+
+
+def _refuse(bad: Sequence[str]) -> None:
+    """Raise RequestError if there are any bad lines."""
+    if len(bad) > 1:
+        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        raise RequestError(f"{len(bad)} lines cannot be used, and none was run: {'; '.join(bad[:LISTED])}{more}")
+    if bad:
+        raise RequestError(bad[0])
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 def _line(job: Job, output: RequestOutput) -> dict[str, Any]:
@@ -135,28 +200,18 @@ def _logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[int, fl
     return [p if p is None else {token: entry.logprob for token, entry in p.items()} for p in positions]
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _one_at_a_time(
-    llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]
-) -> tuple[list[RequestOutput], float]:
+def _one_at_a_time(llm: LLM, jobs: Sequence[Job]) -> tuple[list[RequestOutput], float]:
     llm.engine.cache.drop_idle()  # else the second run would find its prompts in the prefix cache
     outputs = []
     start_s = time.perf_counter()
-    for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-        print(f"\rone at a time: {i + 1}/{len(prompts)}", end="", file=sys.stderr)
-        outputs += llm.generate(prompt, one)
+    for i, job in enumerate(jobs):
+        print(f"\rone at a time: {i + 1}/{len(jobs)}", end="", file=sys.stderr)
+        outputs += llm.generate(job.prompt, job.params)
     print(file=sys.stderr)
     return outputs, time.perf_counter() - start_s
 
 
-def _report(rows: Sequence[tuple[str, list[RequestOutput], float]], path: Path | None) -> None:
+def _report(rows: Sequence[Row], path: Path | None) -> None:
     outputs = rows[0][1]
     out = sys.stderr
     if path is not None:

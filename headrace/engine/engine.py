@@ -9,33 +9,39 @@ decoder, processors and layer kinds only through their contracts.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
 from headrace.cache.swap import SwapSpace
+from headrace.checks import show, whole_number
 from headrace.codecs.base import Codec, load_codecs
 from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
+from headrace.engine.adapters import Adapters, LoadedAdapter
 from headrace.engine.graphs import StepGraphs
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
-from headrace.engine.sizing import MAX_ROWS, choose_pages, fit_length, measure_knee
+from headrace.engine.sizing import MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee
 from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
 from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
 from headrace.kernels.draw import stream_key
+from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
-from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
+from headrace.request import Finish, Logprob, PositionLogprobs, Request, State, check_record
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
@@ -113,9 +119,11 @@ class Engine:
         self.model = model
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = model.config.vocab_size
+        self.adapters = Adapters(config, model.adapters)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        check_tables(config, wished_len, self.device)
         setup = Setup(config, model, config.max_num_seqs, wished_len, self.device)
         self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
         self.evictors = load_evictors(config, model.layer_states())
@@ -188,12 +196,21 @@ class Engine:
         self._by_id: dict[str, list[Request]] = {}
         self._arrivals = 0
         self._next_deadline_s = math.inf  # no deadline of an unfinished request is earlier
+        self._said_equal = False
 
     def _form(self) -> Form:
         """How the attention of the model that decodes reads its cache."""
         if not self.selector.selects:
             return self.codec.form(self.device)
         return Selected(self.codec, self.selector)
+
+    @property
+    def model_law(self) -> str:
+        """The model that tokens come from, as far as its configuration tells: weights are not compared."""
+        config = self.model.config
+        layers = f"{config.num_layers} layers of width {config.hidden_size}"
+        digest = hashlib.sha256(repr(replace(config, dtype=None)).encode()).hexdigest()[:12]
+        return f"{config.model_type} with {layers}, {config.vocab_size} tokens, configuration {digest}"
 
     @property
     def cache_law(self) -> str:
@@ -227,10 +244,11 @@ class Engine:
         when it came, on the engine's clock, if that was before now.
         """
         check_urgency(priority, deadline_s)
-        tokens = self._checked_prompt(prompt_ids, params)
+        check_request_id(request_id)
+        tokens = self.check(prompt_ids, params)
         arrival_s = self.clock() if arrival_s is None else arrival_s
         if request_id in self._by_id:
-            raise RequestError(f"request_id {request_id!r} is in use: choose another one")
+            raise RequestError(f"request_id {show(request_id)} is in use: choose another one")
         seed = params.seed
         if seed is None:
             high, low = stream_key(self.config.seed % MAX_SEED, number if number is not None else self._arrivals, (0,))
@@ -251,15 +269,45 @@ class Engine:
             )
             for sample in range(params.n)
         ]
+        if params.n > 1 and params.greedy and not self._said_equal:
+            self._said_equal = True
+            log.warning(
+                "n is %d and temperature is 0: greedy samples are all equal; give a temperature, or leave out n",
+                params.n,
+            )
         for request in samples:
             # A fork would need the states at the end of the prompt, and they have gone on.
             request.parent = samples[0] if request.sample and not self.states.groups else None
             self._enqueue(request)
         return samples
 
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        """The tokens of a prompt that could be served with these parameters. Raises RequestError for one that never
+        can; queues nothing."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling parameters are {show(params)}: give a SamplingParams(...)")
+        tokens = self._checked_prompt(prompt_ids, params)
+        self._derived(params, len(tokens), 0, 0)
+        return tokens
+
     def resume(self, record: dict[str, Any]) -> Request:
-        """Queue a request from its portable record; it continues with the tokens it would have had."""
-        params = SamplingParams.from_dict(record["params"])
+        """Queue a request from its portable record; it continues with the tokens it would have had.
+
+        Raises RequestError for a record that is damaged, of another release, model or cache, or finished.
+        """
+        params = check_record(record)
+        if record["model_law"] != self.model_law:
+            raise RequestError(
+                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume "
+                "it with the same model"
+            )
+        if any(r.sample == record["sample"] for r in self._by_id.get(record["request_id"], ())):
+            raise RequestError(
+                f"request_id {show(record['request_id'])} is in use by sample {record['sample']}: abort that one first"
+            )
+        if record.get("adapter") is not None:
+            params = replace(params, adapter=self.adapters.name_of(record["adapter"], params.adapter))
+            record = {**record, "params": params.to_dict()}
         evictor, budget, exact_len = record["eviction"]
         if record["cache_law"] != self.cache_law:
             raise RequestError(
@@ -276,12 +324,41 @@ class Engine:
                 f"here it is {self.config.cache_interval}"
             )
         request = Request.from_record(record, **derived)
-        self._checked_prompt(request.tokens[:-1] or request.tokens, params)
+        self._check_whole(request)
         request.arrival_s = self.clock()
         left_s = record["deadline_left_s"]
         request.deadline_at_s = None if left_s is None else request.arrival_s + left_s
         self._enqueue(request)
         return request
+
+    def _check_whole(self, request: Request) -> None:
+        """Raise RequestError unless a request from a record could have got where it stands in this engine."""
+        # The prompt was cut, if at all, before the record was taken.
+        params = replace(request.params, truncate_prompt_tokens=None)
+        self._checked_prompt(request.tokens[: request.prompt_len], params)
+        if request.output_ids:
+            _check_ids(request.output_ids, self.vocab_size, "the record's output")
+        if not set(request.output_ids).isdisjoint(request.stop_ids):
+            raise RequestError("the record's output holds a stop token, so the request has ended: nothing to resume")
+        if request.n_tok > request.limit or (request.output_ids and request.n_tok == request.limit):
+            raise RequestError(
+                f"the record has {len(request.output_ids)} output tokens of {request.limit - request.prompt_len} that "
+                "its parameters and this engine allow: there is nothing to resume"
+            )
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> LoadedAdapter:
+        """Load an adapter beside running requests: a directory, a hub id, or what `read_adapter` gave.
+
+        Raises AdapterError, CheckpointError or UnsupportedModelError, with nothing changed.
+        """
+        loaded = self.adapters.load(name, adapter)
+        self._version += 1
+        return loaded
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterError if it is not loaded, or unfinished requests use it."""
+        self.adapters.unload(name, (request for samples in self._by_id.values() for request in samples))
+        self._version += 1
 
     def export(self, request: Request) -> dict[str, Any]:
         """The portable record of a request as it stands now; the request itself goes on."""
@@ -289,6 +366,7 @@ class Engine:
 
     def abort(self, request_id: str) -> list[Request]:
         """End all samples of a request now. Unknown or finished ids are no error. Returns those that ended."""
+        check_request_id(request_id)
         ended = list(self._by_id.get(request_id, ()))
         for request in ended:
             self.stats.aborts += 1
@@ -728,6 +806,8 @@ class Engine:
                 )
             if not request.n_done <= request.n_tok <= request.limit or request.n_done > request.trigger:
                 raise InvariantError(f"request {request.request_id}: clocks out of order")
+            if int(self.table.adapter[i]) != request.adapter:
+                raise InvariantError(f"request {request.request_id}: its adapter differs from the device's")
             if int(self.table.trigger[i]) != request.trigger:
                 raise InvariantError(f"request {request.request_id}: its trigger differs from the device's")
             if request.n_done == request.trigger and not self.upkeep.waits(request):
@@ -791,14 +871,21 @@ class Engine:
         exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
         if self.selector.selects:  # later rows pass over parts of the cache
             exact_len = min(exact_len, prompt_len)
+        adapter = self.adapters.of(params.adapter)
+        # Requests with another decoder may lack the cache of this decoder's own models; with another adapter, all.
+        salt = decoder.encode() if self.decoders[decoder].models else b""
+        if adapter is not None:
+            salt += b"\0" + adapter.digest.encode()
         return {
             "evictor": name,
             "cache_law": self.cache_law,
+            "model_law": self.model_law,
             "cache_budget": budget,
             "exact_len": exact_len,
             "decoder": decoder,
-            # Requests with another decoder may lack the cache of this decoder's own models.
-            "salt": decoder.encode() if self.decoders[decoder].models else b"",
+            "adapter": adapter.slot if adapter else 0,
+            "adapter_digest": adapter.digest if adapter else None,
+            "salt": salt,
             "stream": stream_key(seed, sample),
             "stop_ids": tuple(stops),
             "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),
@@ -806,14 +893,12 @@ class Engine:
 
     def _checked_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
         params.check_vocabulary(self.vocab_size)
-        tokens = [int(token) for token in prompt_ids]
+        tokens = as_ids(prompt_ids)
         if params.truncate_prompt_tokens is not None:
             tokens = tokens[-params.truncate_prompt_tokens :]
         if not tokens:
             raise RequestError("the prompt is empty; a model needs at least one token to continue from")
-        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            wrong = next(t for t in tokens if not 0 <= t < self.vocab_size)
-            raise RequestError(f"the prompt has token id {wrong}; the model's vocabulary has {self.vocab_size} tokens")
+        _check_ids(tokens, self.vocab_size, "the prompt")
         longest = self.max_model_len - (params.max_tokens != 0)
         if len(tokens) > longest:
             raise RequestError(
@@ -821,6 +906,34 @@ class Engine:
                 f"{self.max_model_len}: shorten it, pass truncate_prompt_tokens={longest}, or raise max_model_len"
             )
         return tokens
+
+
+def as_ids(prompt_ids: Sequence[int]) -> list[int]:
+    """A list of their own as plain ints, of whole numbers of any library. Raises RequestError for others."""
+    try:
+        ids = None if isinstance(prompt_ids, (str, bytes, Mapping)) else list(prompt_ids)
+    except TypeError:  # nothing to go through, or an array without dimensions
+        ids = None
+    if ids is None:
+        raise RequestError(f"prompt_token_ids is {show(prompt_ids)}; it must be a list of token ids")
+    if set(map(type, ids)) <= {int}:
+        return ids
+    tokens: list[int] = []
+    for place, value in enumerate(ids):
+        token = whole_number(value)
+        if token is None:
+            raise RequestError(f"the prompt has {show(value)} at place {place}; token ids are whole numbers from 0")
+        tokens.append(token)
+    return tokens
+
+
+def _check_ids(tokens: Sequence[int], vocab_size: int, what: str) -> None:
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise RequestError(
+            f"{what} has token id {show(wrong)}; the model's vocabulary has {vocab_size} tokens: use ids from 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def _decoder_names(config: EngineConfig) -> list[str]:
@@ -863,14 +976,20 @@ def check_cache_parts(config: EngineConfig, codec: Codec, selector: Selector, ev
 def check_urgency(priority: int, deadline_s: float | None) -> None:
     """Raise RequestError unless priority is a whole number and the deadline a positive number of seconds."""
     if isinstance(priority, bool) or not isinstance(priority, int):
-        raise RequestError(f"priority is {priority!r}; it must be a whole number, and the lower one goes first")
+        raise RequestError(f"priority is {show(priority)}; it must be a whole number, and the lower one goes first")
     if deadline_s is None:
         return
     number = isinstance(deadline_s, (int, float)) and not isinstance(deadline_s, bool)
-    if not number or not 0.0 < deadline_s < math.inf:
+    if not number or not 0.0 < deadline_s <= sys.float_info.max:
         raise RequestError(
-            f"deadline_s is {deadline_s!r}; it must be a positive number of seconds, or None for no deadline"
+            f"deadline_s is {show(deadline_s)}; it must be a positive number of seconds, or None for no deadline"
         )
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise RequestError unless it is a text."""
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id is {show(request_id)}; it must be a text")
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from headrace.cache.swap import Spilled, SwapSpace
 from headrace.config import EngineConfig
-from headrace.engine.sizing import GIB
 from headrace.engine.upkeep import Upkeep
+from headrace.memory import GIB
 from headrace.request import Request
 
 SWAP_SPACE_GIB = {"cpu": 0.5, "cuda": 4.0}

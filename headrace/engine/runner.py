@@ -92,6 +92,8 @@ class _Built(NamedTuple):
     """The same list again: the same step again, one token further on."""
     rows: RowTable
     segments: list[tuple[Decoder, Segment]]
+    adapted: bool
+    """Whether a request has an adapter."""
 
 
 class _Padded(NamedTuple):
@@ -295,9 +297,9 @@ class Runner:
             return self._start(self._padded)
         clock = [time.perf_counter()]
         if self._built is None or self._built.granted is not granted:
-            self._built = _Built(granted, *self._build(granted))
-        _, rows, segments = self._built
-        done = self._run(granted, rows, segments, self._spans(granted), processors, clock)
+            self._built = _Built(granted, *self._build(granted), self._adapted(granted))
+        _, rows, segments, adapted = self._built
+        done = self._run(granted, rows, segments, self._spans(granted), processors, clock, adapted)
         top = self._top(granted, done)
         if self.device.type == "cpu":
             result = self._report(granted, done.read(), top, done.given)
@@ -325,7 +327,10 @@ class Runner:
         outputs = [decoder.n_outputs(n) for n in grants]
         prompts = [*(g.pending > 1 for g in granted), *(False for _ in ghosts)]
         sizes = (grants, outputs, prompts, len(ghosts))
-        key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts)
+        adapted = self._adapted(granted)
+        # What is recorded changes the linear maps that some loaded adapter changes.
+        changed = self.model.adapters.pattern if adapted and self.model.adapters else None
+        key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts), changed
         reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
         rows = self.rows.first(sum(grants), len(grants))
         arrays = Segment(self.table, rows, *sizes).arrays() | {"reqs_B": np.array(reqs, np.int64)}
@@ -335,7 +340,7 @@ class Runner:
             # Made here: a segment keeps tensors, and those of the first run are none of the recording's.
             seg = Segment(self.table, replace(rows, reqs=sheet.views[0], row_ptr=sheet.views[1]), *sizes)
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
-            return self._run(granted, seg.rows, [(decoder, seg)], None, (), []).packed()
+            return self._run(granted, seg.rows, [(decoder, seg)], None, (), [], adapted).packed()
 
         return _Padded(granted, key, step, decoder.e_max)
 
@@ -353,8 +358,12 @@ class Runner:
         spans: Sequence[Span] | None,
         processors: ProcessorRequests,
         clock: list[float],
+        adapted: bool,
     ) -> _Done:
-        """The step itself, from the plans of the decoders to their drafts. Waits for nothing on a GPU."""
+        """The step itself, from the plans of the decoders to their drafts. Waits for nothing on a GPU.
+
+        `adapted`: rows may have adapters.
+        """
         for decoder, seg in segments:
             decoder.plan(seg)
         outs = self._outs(granted, rows, segments)
@@ -362,7 +371,10 @@ class Runner:
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
-        hidden_ME = self.model(rows.tok, context, wanted_M)
+        if adapted:
+            hidden_ME = self._evaluate_adapted(rows, context, wanted_M)
+        else:
+            hidden_ME = self.model(rows.tok, context, wanted_M)
         self._tick(clock)
         raw_MV = self._logits(hidden_ME[: outs.n_draw])
         given = self._score(granted, outs, hidden_ME[outs.n_draw :])
@@ -510,6 +522,21 @@ class Runner:
         hidden_ME: Tensor = stream.model(rows.tok, _Context(self, stream, rows, spans), wanted_M)
         return hidden_ME
 
+    def _adapted(self, granted: Sequence[Granted]) -> bool:
+        """Whether a request has an adapter."""
+        return self.model.adapters is not None and any(g.request.adapter for g in granted)
+
+    def _evaluate_adapted(self, rows: RowTable, context: _Context, wanted_M: Tensor | None) -> Tensor:
+        """The target's hidden states, [R, E] or those of the wanted rows, each row under its request's adapter."""
+        bank = self.model.adapters
+        assert bank is not None
+        # As many wanted rows as there are: the maps could not tell whether they are cut, so they are cut behind them.
+        behind = wanted_M is not None and wanted_M.shape[0] == rows.tok.shape[0]
+        cut_M = None if behind else wanted_M
+        with bank.step(self.table.adapter.index_select(0, rows.req), cut_M):
+            hidden_ME: Tensor = self.model(rows.tok, context, cut_M)
+        return hidden_ME.index_select(0, wanted_M) if behind and wanted_M is not None else hidden_ME
+
     def _score(self, granted: Sequence[Granted], outs: OutTable, hidden_SE: Tensor) -> dict[int, TopLogprobs]:
         """Log-probs of given tokens, by request of the step; hidden states of the scored rows only."""
         given: dict[int, TopLogprobs] = {}
@@ -572,6 +599,8 @@ class Runner:
         """Run every kernel once over ghost rows: the first request must not wait for compilers."""
         for n_rows in {1, min(16, self.max_rows)}:
             self.time_step(n_rows, repeats=0)
+            if self.model.adapters is not None:
+                self.model.adapters.warm_up(n_rows)
         index = torch.full((1,), self.table.ghost, dtype=torch.int64, device=self.device)
         logits_MV = torch.zeros(1, self.model.config.vocab_size, device=self.device)
         neutral = torch.ones(1, device=self.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,10 +11,12 @@ import torch
 from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
 from headrace.errors import CapacityError, ConfigError
+from headrace.memory import GIB, available_memory_bytes, check_memory
+from headrace.memory import size as size_of
+from headrace.step import MASK_WORDS
 
 log = logging.getLogger("headrace")
 
-GIB = 2**30
 KNEE_SHARE = 0.95
 """The knee: the fewest rows that reach this share of the best measured rows per second."""
 SLOWEST_STEP_S = 0.25
@@ -47,18 +48,23 @@ def measure_knee(time_step: Callable[[int], float], most: int) -> tuple[int, dic
     return knee, measured
 
 
-def available_memory_bytes(device: torch.device) -> int:
-    """Memory that can be taken now: the GPU's free memory, or what the operating system calls available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: ask for the total instead
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+ROW_BYTES = 4 * (12 + MASK_WORDS)
+"""Of the tables of a step, for each of its rows."""
+REQUEST_BYTES = 4 * 100
+"""Of the tables of requests, for each of them, beside its tokens and pages."""
+
+
+def check_tables(config: EngineConfig, max_len: int, device: torch.device) -> None:
+    """Raise CapacityError if the tables of requests and rows alone would not fit; both are made on the host too."""
+    a_request = REQUEST_BYTES + 4 * (max_len + -(-max_len // config.page_size))
+    rows = min(config.max_num_batched_tokens or MAX_ROWS[device.type], config.max_num_seqs * max_len)
+    needed = 2 * config.max_num_seqs * a_request + rows * ROW_BYTES
+    check_memory(
+        f"max_num_seqs = {config.max_num_seqs} requests of {max_len} tokens and {rows} rows a step need tables of",
+        needed,
+        device,
+        "lower max_num_seqs, max_model_len or max_num_batched_tokens",
+    )
 
 
 def choose_pages(
@@ -70,8 +76,8 @@ def choose_pages(
 ) -> int:
     """Pages of the cache, the trash page included, beside `state_bytes` of fixed states.
 
-    Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if the states or
-    not even one page fit, ConfigError for a number of pages where no layer keeps any.
+    Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if what was asked
+    for, or the states, or not even one page fit, ConfigError for a number of pages where no layer keeps any.
     """
     if config.num_pages is not None and not groups:
         raise ConfigError(
@@ -80,13 +86,16 @@ def choose_pages(
         )
     useful = 1 + config.max_num_seqs * -(-max_len // config.page_size)
     if config.num_pages is not None:
+        asked = cache_bytes(groups, config.num_pages, config.page_size, config.max_num_seqs)
+        way_out = f"lower num_pages or page_size, which is {config.page_size}"
+        check_memory(f"num_pages is {config.num_pages}, which takes", asked + state_bytes, device, way_out)
         return config.num_pages
     free_bytes = available_memory_bytes(device)
     if config.kv_cache_gib is not None:
         budget = int(config.kv_cache_gib * GIB)
         if budget > free_bytes:
             raise CapacityError(
-                f"kv_cache_gib is {config.kv_cache_gib}; {free_bytes / GIB:.2f} GiB are available on {device}: lower it"
+                f"kv_cache_gib is {config.kv_cache_gib}; {size_of(free_bytes)} are available on {device}: lower it"
             )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -95,8 +104,8 @@ def choose_pages(
         budget = free_bytes // 5
     if state_bytes > max(budget, 0):
         raise CapacityError(
-            f"the fixed states of max_num_seqs = {config.max_num_seqs} requests take {state_bytes / 2**20:.1f} MiB; "
-            f"{max(budget, 0) / 2**20:.1f} MiB are there for the cache: lower max_num_seqs, or raise "
+            f"the fixed states of max_num_seqs = {config.max_num_seqs} requests take {size_of(state_bytes)}; "
+            f"{size_of(max(budget, 0))} are there for the cache: lower max_num_seqs, or raise "
             "gpu_memory_utilization or kv_cache_gib"
         )
     budget -= state_bytes
@@ -110,8 +119,8 @@ def choose_pages(
     pages = bisect.bisect_right(range(useful + 1), budget, key=size) - 1
     if pages < 2:
         raise CapacityError(
-            f"{max(budget, 0) / 2**20:.1f} MiB for the cache hold no page of {size(1) / 2**20:.2f} MiB: "
-            "free memory, or raise gpu_memory_utilization or kv_cache_gib"
+            f"{size_of(max(budget, 0))} for the cache hold no page of {size_of(size(1))} beside the one that "
+            "holds nothing: free memory, or raise gpu_memory_utilization or kv_cache_gib"
         )
     return pages
 

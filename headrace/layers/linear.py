@@ -1,7 +1,8 @@
 """Linear maps, several of which share one matrix product: y = x W^T + b.
 
 Projections of the same input (query, key and value; gate and up) lie below one another in one weight, so that
-a layer runs one GEMM where the checkpoint has two or three. Letters: R rows.
+a layer runs one GEMM where the checkpoint has two or three. In a step whose rows have adapters (LoRA, arXiv
+2106.09685) each row's own change is added to the product, before the gate. Letters: R rows.
 
 Where the checkpoint stores weights in another form (`headrace.quantization`), a store takes the place of the weight. It
 depends on the names of the projections whether it does, so it is made when they are given (`tensors`).
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from headrace.errors import UnsupportedModelError
 from headrace.kernels.project import project, project_onto
+from headrace.kernels.rms_norm import rms_norm
+from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.placement import Placement
 from headrace.quantization import WeightStore
 
@@ -41,6 +44,8 @@ class Linear(nn.Module):
         # Without memory until it is known whether there is a store.
         self.weight = (place if self._is_settled else place._replace(device=META)).matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
+        bank = place.adapters
+        self.room = None if bank is None else bank.room(inputs, outputs, place.device, place.dtype)
 
     def _settle(self, names: Sequence[str], transposed: bool) -> None:
         """Now that the projections have names: a store, or a dense weight."""
@@ -60,12 +65,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """[R, inputs] to [R, sum(outputs)]; `norm`: weight and eps of an RMS norm of x."""
+        if self.room is not None and self.room.active:
+            return self._adapted(x, norm)
         if self.store is not None:
             return self.store.project(x, self.bias, norm=norm)
         return project(x, self.weight, self.bias, norm=norm)
 
     def gated(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """silu(first projection) * second, of two of one width: [R, inputs] to [R, that width]."""
+        if self.room is not None and self.room.active:
+            return silu_mul(self._adapted(x, norm))
         if self.store is not None:
             return self.store.project(x, self.bias, norm=norm, gated=True)
         return project(x, self.weight, self.bias, norm=norm, gated=True)
@@ -76,6 +85,17 @@ class Linear(nn.Module):
             self.store.project_onto(y, x, self.bias)
         else:
             project_onto(y, x, self.weight, self.bias)
+        if self.room is not None and self.room.active:
+            self.room.adapt_(y, x)
+
+    def _adapted(self, x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+        """`forward` with the adapters of the step."""
+        assert self.room is not None
+        if norm is not None:
+            x = rms_norm(x, *norm)
+        y = project(x, self.weight, self.bias) if self.store is None else self.store.project(x, self.bias)
+        self.room.adapt_(y, x)
+        return y
 
     def tensors(self, *names: str, transposed: bool = False) -> dict[str, list[Tensor]]:
         """Where each projection's checkpoint tensors go, given the projections' names in the order of `outputs`.
@@ -84,6 +104,8 @@ class Linear(nn.Module):
         """
         if not self._is_settled:
             self._settle(names, transposed)
+        if self.room is not None:
+            self.room.names = names
         found: dict[str, list[Tensor]] = {} if self.store is None else self.store.tensors()
         start = 0
         for name, width in zip(names, self.outputs if len(names) > 1 else [sum(self.outputs)], strict=True):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from headrace.layers.adapters import AdapterBank
 from headrace.quantization import Quantization
 
 CACHE_LINE = 64
@@ -18,6 +19,8 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+    adapters: AdapterBank | None = None
+    """Where linear maps get room for adapters; None: they have none."""
     quantization: Quantization | None = None
     """The form in which the checkpoint stores the weights of linear maps; None: they are dense."""
 

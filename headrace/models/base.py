@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from headrace.layers.adapters import AdapterBank
 from headrace.models.config import ModelConfig
 from headrace.step import LayerState, StepContext
 
@@ -20,6 +21,8 @@ class CausalLM(nn.Module, ABC):
     config: ModelConfig
     max_model_len: int
     """Positions 0 .. max_model_len - 1 can be evaluated; an index outside is an error of the caller."""
+    adapters: AdapterBank | None = None
+    """Where adapters are loaded; None: the model was built without room for any."""
     prefix = ""
     """What all names of tensors but the head's begin with; some checkpoints leave it out."""
 

@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
+from headrace.layers.adapters import AdapterBank
 from headrace.layers.placement import Placement
+from headrace.memory import check_memory
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
@@ -64,6 +66,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    adapters: AdapterBank | None = None,
     quantization: Quantization | None = None,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
@@ -78,10 +81,12 @@ def load_model(
             also chooses the frequencies: see `headrace.layers.rotary.inverse_frequencies`.
         seed: seed of random weights.
         revision: revision of a hub id.
+        adapters: the model's linear maps get room for adapters in this bank, which must be new.
         quantization: a form of weights for a dense checkpoint, of tools that look at products.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
+        CapacityError: the model is bigger than the memory that is available.
         UnsupportedModelError: the configuration asks for something that is not implemented.
         ConfigError: an argument is impossible.
     """
@@ -100,7 +105,7 @@ def load_model(
         config = dataclasses.replace(config, quantization=quantization)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
-        meta = Placement(torch.device("meta"), torch.float32, config.quantization)
+        meta = Placement(torch.device("meta"), torch.float32, quantization=config.quantization)
         outline = build_model(config, max_model_len=max_model_len, place=meta)
         entries = _with_prefix(read_headers(directory), outline.prefix)
         entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
@@ -110,8 +115,10 @@ def load_model(
             f"load_format is 'random', but {config.quantization.where} asks for weights in the form "
             f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
         )
-    place = Placement(device, wanted or _auto_dtype(config, device, entries), config.quantization)
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, config.quantization)
+    _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
+    model.adapters = adapters
     if load_format == "auto":
         _stream(model.tensors(), entries)
     else:
@@ -119,6 +126,16 @@ def load_model(
     with torch.no_grad():
         model.finish_loading()
     return model.eval()
+
+
+def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
+    """Raise CapacityError before anything is taken that does not fit."""
+    outline = build_model(config, max_model_len=max_model_len, place=place._replace(device=torch.device("meta")))
+    outline.tensors()  # linear maps learn their names, and with them what they are stored in
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
+    dtype = str(place.dtype).removeprefix("torch.")
+    way_out = "use a smaller model, a narrower dtype, a smaller max_model_len, or a device with more memory"
+    check_memory(f"the model in {dtype} takes", needed, place.device, way_out)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -231,7 +248,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no index of shards ({_first_line(error)}): fetch it again") from error
     outside = sorted({file for file in pairs.values() if Path(file).name != file or file in ("", ".", "..")})
     if outside:

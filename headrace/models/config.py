@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from headrace.checks import show
 from headrace.errors import ConfigError, UnsupportedModelError
 from headrace.layers.rotary import SCALINGS, RopeConfig
 from headrace.quantization import Quantization, read_quantization
@@ -60,6 +61,15 @@ INERT = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+MOST = 2**31 - 1
+"""Of any size: token ids and positions are 32-bit numbers."""
+MOST_WIDTH = 2**24
+"""So that the bytes of a weight can be counted in 64 bits."""
+MOST_LAYERS = 1024
+LARGEST = 1e30
+"""Of any number: far from the end of float32."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,9 @@ class Entries:
 
     def refuse(self, key: str, must: str) -> UnsupportedModelError:
         """The error for an entry whose value cannot be used."""
-        return UnsupportedModelError(f"{self.where}: {key} is {self.raw.get(key)!r}; it must be {must}")
+        return UnsupportedModelError(f"{self.where}: {key} is {show(self.raw.get(key))}; it must be {must}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: float = float("inf")) -> int:
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: float = MOST) -> int:
         """A whole number from `low` to `high`; required if there is no default."""
         value = self.get(key)
         if value is None and default is not None:
@@ -133,12 +143,11 @@ class Entries:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not float(value).is_integer()
             or not low <= value <= high
+            or not float(value).is_integer()
         ):
-            raise self.refuse(
-                key, f"a whole number of at least {low}" + (f" and at most {high}" if high < 1e18 else "")
-            )
+            names_most = high != MOST or (isinstance(value, int | float) and value > high)
+            raise self.refuse(key, f"a whole number of at least {low}" + (f" and at most {high}" if names_most else ""))
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -146,7 +155,7 @@ class Entries:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
             raise self.refuse(key, "a positive number")
         return float(value)
 
@@ -186,7 +195,7 @@ class Entries:
         if (
             not isinstance(value, list)
             or len(value) != count
-            or not all(isinstance(x, int | float) and x > 0 for x in value)
+            or not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= LARGEST for x in value)
         ):
             raise self.refuse(key, f"a list of {count} positive numbers")
         return tuple(float(x) for x in value)
@@ -207,8 +216,7 @@ class Entries:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return show(value)
 
 
 def read_decoder(
@@ -242,15 +250,17 @@ def read_decoder(
     """
     if "activation" not in options:
         options["activation"] = entries.one_of("hidden_act", ACTIVATIONS, "silu")
-    hidden_size = entries.integer("hidden_size")
-    num_heads = entries.integer("num_attention_heads")
-    num_layers = entries.integer("num_hidden_layers")
+    hidden_size = entries.integer("hidden_size", high=MOST_WIDTH)
+    num_heads = entries.integer("num_attention_heads", high=MOST_WIDTH)
+    num_layers = entries.integer("num_hidden_layers", high=MOST_LAYERS)
     num_kv_heads = entries.integer("num_key_value_heads", kv_heads or num_heads)
     if num_heads % num_kv_heads:
         raise entries.refuse("num_attention_heads", f"a multiple of num_key_value_heads = {num_kv_heads}")
     if head_dim is None and entries.get("head_dim") is None and hidden_size % num_heads:
         raise entries.refuse("hidden_size", f"a multiple of num_attention_heads = {num_heads}, or head_dim given")
     head_dim = entries.integer("head_dim", head_dim or hidden_size // num_heads)
+    if num_heads * head_dim > MOST:
+        raise entries.refuse("num_attention_heads", f"at most {MOST // head_dim} with head_dim = {head_dim}")
     if head_dim % 2:
         raise UnsupportedModelError(f"{entries.where}: head_dim is {head_dim}; the rotation needs an even number")
     positions = entries.integer("max_position_embeddings", max_positions)
@@ -259,7 +269,7 @@ def read_decoder(
         model_type=entries.raw["model_type"],
         vocab_size=entries.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=entries.integer("intermediate_size", hidden),
+        intermediate_size=entries.integer("intermediate_size", hidden, high=MOST_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -273,7 +283,7 @@ def read_decoder(
         windows=tuple(windows) if windows is not None else (0,) * num_layers,
         dtype=_read_dtype(entries),
         quantization=read_quantization(entries.get("quantization_config"), entries.where),
-        bos_token_id=_read_token_ids(entries, "bos_token_id")[0] if entries.get("bos_token_id") is not None else None,
+        bos_token_id=next(iter(_read_token_ids(entries, "bos_token_id")), None),
         eos_token_ids=_read_token_ids(entries, "eos_token_id"),
         architectures=tuple(entries.raw.get("architectures") or ()),
         **options,
@@ -293,7 +303,7 @@ def _read_dtype(entries: Entries) -> torch.dtype | None:
     name = old if new is None else new
     if name is None or name == "auto":
         return None
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise entries.refuse(key, f"one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
@@ -301,7 +311,7 @@ def _read_dtype(entries: Entries) -> torch.dtype | None:
 def _read_token_ids(entries: Entries, key: str) -> tuple[int, ...]:
     value = entries.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids):
         raise entries.refuse(key, "a token id or a list of token ids")
     return tuple(ids)
 
@@ -373,8 +383,8 @@ def read_rope(
         theta = entries.number("rope_theta")
         if rope.raw.get("rope_theta") not in (None, outer_theta):
             raise UnsupportedModelError(
-                f"{entries.where}: rope_theta is {outer_theta} and {rope.raw['rope_theta']} in rope_parameters: remove "
-                "one of them"
+                f"{entries.where}: rope_theta is {outer_theta} and {show(rope.raw['rope_theta'])} in rope_parameters: "
+                "remove one of them"
             )
     return parse_rope(rope, entries, head_dim, max_positions, theta=theta, partial=partial)
 
@@ -384,7 +394,10 @@ def parse_rope(
 ) -> RopeConfig:
     """The rotation that one set of parameters describes; `entries` is the file around it. See `read_rope`."""
     theta = rope.number("rope_theta", theta)
-    kinds = {kind for kind in (rope.get("rope_type"), rope.get("type")) if kind is not None} or {"default"}
+    if theta <= 1.0:
+        raise UnsupportedModelError(f"{entries.where}: rope_theta is {theta}; it must be above 1")
+    given = (kind for kind in (rope.get("rope_type"), rope.get("type")) if kind is not None)
+    kinds = {kind if isinstance(kind, str) else show(kind) for kind in given} or {"default"}
     kinds = {"longrope" if kind == "su" else kind for kind in kinds}  # the name in the first Phi-3 files
     if len(kinds) > 1 or not kinds <= set(SCALINGS):
         raise UnsupportedModelError(
@@ -419,8 +432,8 @@ def _read_scaling(
         return RopeConfig(scaling, theta, rotated=rotated)
     if scaling in ("linear", "dynamic"):
         return RopeConfig(scaling, theta, factor=rope.number("factor"), rotated=rotated)
-    inner = rope.integer("original_max_position_embeddings", max_positions)
-    original = entries.integer("original_max_position_embeddings", inner)
+    inner = rope.integer("original_max_position_embeddings", max(max_positions, 2), low=2)
+    original = entries.integer("original_max_position_embeddings", inner, low=2)
     attention_factor = None if rope.get("attention_factor") is None else rope.number("attention_factor")
     ratio = max_positions / original
     if scaling == "longrope":
@@ -443,8 +456,8 @@ def _read_scaling(
             attention_factor=attention_factor,
             beta_fast=rope.number("beta_fast", 32.0),
             beta_slow=rope.number("beta_slow", 1.0),
-            mscale=float(rope.get("mscale") or 0.0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
+            mscale=rope.number("mscale", 0.0) if rope.get("mscale") else 0.0,
+            mscale_all_dim=rope.number("mscale_all_dim", 0.0) if rope.get("mscale_all_dim") else 0.0,
             truncate=rope.flag("truncate", True),
             rotated=rotated,
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from headrace.checks import show
 from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headrace.layers.placement import Placement
 from headrace.models import (
@@ -82,20 +83,20 @@ def read_config(directory: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no config.json: give the directory of a checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object: fetch the checkpoint again")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UnsupportedModelError(
-            f"{path}: model_type is {model_type!r}; known model types: {', '.join(model_types())}"
+            f"{path}: model_type is {show(model_type)}; known model types: {', '.join(model_types())}"
         )
     family = _FAMILIES[model_type]
     named = raw.get("architectures") or list(family.architectures)
-    if not isinstance(named, list) or not set(named) <= set(family.architectures):
+    if not isinstance(named, list) or not all(name in family.architectures for name in named):
         raise UnsupportedModelError(
-            f"{path}: architectures is {named!r}; for model_type {model_type!r} implemented: "
+            f"{path}: architectures is {show(named)}; for model_type {model_type!r} implemented: "
             f"{', '.join(family.architectures)}"
         )
     return family.read(Entries(raw, str(path)))

@@ -17,6 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from headrace.checks import show
 from headrace.errors import RequestError, TokenizerError
 
 Message = Mapping[str, Any]
@@ -65,7 +66,10 @@ class ChatTemplates:
         TokenizerError: there is no template, or it is not valid Jinja.
         RequestError: the messages, tools or variables do not fit, or the template refuses them.
         """
-        checked = [_check_message(index, message) for index, message in enumerate(_as_sequence("messages", messages))]
+        try:
+            checked = [_check_message(i, message) for i, message in enumerate(_as_sequence("messages", messages))]
+        except RecursionError as error:
+            raise RequestError("messages hold a list or dict inside itself: pass plain JSON data") from error
         if not checked:
             raise RequestError("messages is empty: a chat needs at least one message")
         schemas = (
@@ -84,7 +88,7 @@ class ChatTemplates:
             return template.render(
                 messages=checked, tools=schemas, add_generation_prompt=add_generation_prompt, **context
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except Exception as error:  # a template may do anything that Python can refuse
             raise RequestError(
                 f"chat template {name!r} of {self._origin} refused these {len(checked)} messages: {error}. "
                 "Change their roles or order, or pass the prompt as text"
@@ -149,7 +153,7 @@ def _check_message(index: int, message: Any) -> dict[str, Any]:
     plain = {key: _plain(f"{where}[{key!r}]", value) for key, value in message.items() if value is not None}
     role, content = plain.get("role"), plain.get("content")
     if not isinstance(role, str) or not role:
-        raise RequestError(f"{where} has role {role!r}: pass a name such as 'system', 'user' or 'assistant'")
+        raise RequestError(f"{where} has role {show(role)}: pass a name such as 'system', 'user' or 'assistant'")
     if content is None and not plain.get("tool_calls"):
         raise RequestError(f"{where} (role {role!r}) has no content: pass a string, which may be empty")
     if content is not None and not isinstance(content, str):

@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+from headrace.checks import show
 from headrace.errors import RequestError, TokenizerError
 from headrace.text.chat import ChatTemplates, Message
 
@@ -68,6 +69,17 @@ class Tokenizer:
         Raises TokenizerError if the directory or its tokenizer.json is missing or damaged.
         """
         directory = Path(path)
+        try:
+            return cls._from_files(directory)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            # Every file has its own sentence; this one is for entries of the wrong kind inside them.
+            raise TokenizerError(
+                f"the tokenizer's files in {directory} cannot be used ({type(error).__name__}: {error}): download them "
+                "again"
+            ) from error
+
+    @classmethod
+    def _from_files(cls, directory: Path) -> Tokenizer:
         backend = _load_backend(directory)
         config = _read_json(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # such files are complete; older ones keep the names beside them
@@ -193,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}): download or copy the file again") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds a JSON {type(content).__name__} and not an object: download the file again")
@@ -231,6 +243,8 @@ def _token_text(value: Any) -> str | None:
 def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Special tokens that have a name (bos_token, image_token ...), and those that are only listed."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(extra, (list, Mapping)):
+        raise TokenizerError(f"the special tokens of tokenizer_config.json are {show(extra)}: they must be a list")
     named_values = {key: value for key, value in config.items() if key.endswith("_token")}
     if isinstance(extra, Mapping):
         named_values |= extra
@@ -241,6 +255,14 @@ def _special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str
 
 def _add_missing(backend: tokenizers.Tokenizer, added: Mapping[str, Any], special: Sequence[str]) -> None:
     """Tokens that only the configuration knows get the next ids, in the order in which transformers adds them."""
+    if not isinstance(added, Mapping) or not all(
+        str(token_id).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str)
+        for token_id, token in added.items()
+    ):
+        raise TokenizerError(
+            f"added_tokens_decoder of tokenizer_config.json is {show(added)}: it must be an object from token ids to "
+            "objects with content"
+        )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing: dict[str, tokenizers.AddedToken] = {}
     for _, token in sorted(added.items(), key=lambda item: int(item[0])):
@@ -263,8 +285,8 @@ def _generation_eos_ids(directory: Path) -> list[int]:
     value = _read_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
-        if not isinstance(token_id, int) or token_id < 0:
-            raise TokenizerError(f"{path} has eos_token_id {value!r}: it must be a token id or a list of token ids")
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
+            raise TokenizerError(f"{path} has eos_token_id {show(value)}: it must be a token id or a list of token ids")
     return ids
 
 
@@ -274,10 +296,24 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: _read_template(path) for name, path in files.items()}
     inside = config.get("chat_template")
     if isinstance(inside, str):
         return {"default": inside}
-    if isinstance(inside, list):
-        return {entry["name"]: entry["template"] for entry in inside}
+    if isinstance(inside, list) and all(isinstance(entry, Mapping) for entry in inside):
+        inside = {entry.get("name"): entry.get("template") for entry in inside}
+    if inside and not (
+        isinstance(inside, Mapping) and all(isinstance(x, str) for pair in inside.items() for x in pair)
+    ):
+        raise TokenizerError(
+            f"{directory / 'tokenizer_config.json'} has the chat_template {show(inside)}: it must be a text, or a list "
+            "of objects with name and template"
+        )
     return dict(inside or {})
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read as text ({error}): download the file again") from error

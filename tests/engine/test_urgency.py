@@ -272,11 +272,13 @@ def test_a_record_carries_priority_and_the_seconds_left() -> None:
     assert resumed.finish is Finish.TIMEOUT
     assert len(resumed.output_ids) == 4
     second.check_idle()
+    now_s, clock.now_s = clock.now_s, 200.0
+    overdue_record = first.export(request)
+    clock.now_s = now_s
     run_all(first)
     assert request.output_ids[:4] == resumed.output_ids
-    clock.now_s = 200.0
     late = make_engine(clock=clock)
-    overdue = late.resume(first.export(request))
+    overdue = late.resume(overdue_record)
     late.step()
     assert overdue.finish is Finish.TIMEOUT
     late.check_idle()

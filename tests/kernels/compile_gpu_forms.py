@@ -15,6 +15,8 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
+from headrace.kernels.adapt import Factors
+from headrace.kernels.adapt.gpu import adapt_gpu_
 from headrace.kernels.advance import Advanced, Clocks
 from headrace.kernels.advance.gpu import advance_gpu
 from headrace.kernels.attention import AttentionRows, gpu, gpu_shape
@@ -117,6 +119,7 @@ def launch_all() -> None:
 
     project_all()
     project_quantised_all()
+    adapt_all()
     turn_all()
     for dtype, pairs, has_bias in ((torch.float32, 6, False), (torch.bfloat16, 6, True), (torch.bfloat16, 900, False)):
         tiles = experts.list_tiles(torch.zeros(pairs, dtype=torch.int64), 3)
@@ -185,6 +188,23 @@ def project_quantised_all() -> None:
             )
             project_int4.project_int4_gpu(x, words, zeros, scales, group)
             project_fp8.project_fp8_gpu(x, codes, scales_8, group)
+
+
+def adapt_all() -> None:
+    for dtype, outputs, inputs, rank in (
+        (torch.bfloat16, (4096, 1024, 1024), 4096, 16),
+        (torch.float16, (14336, 14336), 4096, 64),
+        (torch.float32, (33, 7), 100, 5),
+        (torch.float64, (24,), 24, 8),
+        (torch.bfloat16, (1,), 1, 1),
+    ):
+        borders = (0, *torch.tensor(outputs).cumsum(0).tolist())
+        a = torch.empty(9, inputs, rank * len(outputs), dtype=dtype, device="meta")
+        b = torch.empty(9, rank, borders[-1], dtype=dtype, device="meta")
+        factors = Factors(a, b, borders, torch.empty(len(borders), dtype=torch.int32, device="meta"))
+        for rows in (1, 64, 2048):
+            x, y = (torch.empty(rows, n, dtype=dtype, device="meta") for n in (inputs, borders[-1]))
+            adapt_gpu_(y, x, torch.empty(rows, dtype=torch.int32, device="meta"), factors)
 
 
 def turn_all() -> None:
