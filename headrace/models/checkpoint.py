@@ -130,7 +130,9 @@ def load_model(
 
 def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
     """Raise CapacityError before anything is taken that does not fit."""
-    outline = build_model(config, max_model_len=max_model_len, place=place._replace(device=torch.device("meta")))
+    # Without the bank: its rooms are those of the model itself.
+    meta = place._replace(device=torch.device("meta"), adapters=None)
+    outline = build_model(config, max_model_len=max_model_len, place=meta)
     outline.tensors()  # linear maps learn their names, and with them what they are stored in
     needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
     dtype = str(place.dtype).removeprefix("torch.")

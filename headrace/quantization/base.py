@@ -61,6 +61,11 @@ class Settings:
         value = self.get(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.refuse(key, "a list of names")
+        try:
+            for name in value:
+                re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            raise self.refuse(key, f"regular expressions behind 're:' ({error})") from error
         return tuple(value)
 
     def part(self, key: str) -> Settings:

@@ -166,6 +166,12 @@ def read_gptq(settings: Settings) -> GPTQ:
             raise settings.refuse(key, "no such entry")
     group = settings.group_size(default=128)
     inside = settings.get("modules_in_block_to_quantize", [])
-    flat = [name for part in inside for name in (part if isinstance(part, list) else [part])]
+    flat = (
+        [name for part in inside for name in (part if isinstance(part, list) else [part])]
+        if isinstance(inside, list)
+        else [0]
+    )
+    if not all(isinstance(name, str) for name in flat):
+        raise settings.refuse("modules_in_block_to_quantize", "lists of names")
     settings.finish(INERT)
     return GPTQ(settings.where, group, LOWERED if stored == "gptq" else 0, tuple(flat))

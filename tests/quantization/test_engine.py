@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import awq, compressed, fp8, gptq, quantise
+from lora_files import modules_of, write_adapter
+from safetensors.torch import load_file
 from test_law_one import serve
 from test_layouts import AWQ, GPTQ, SMALL
 from tiny import make_engine, run_all
 from tiny_models import reference
 
 from headrace.kernels.project_int4.cpu import FEW_ROWS
+from headrace.layers.adapters import AdapterBank
 from headrace.layers.linear import Linear
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
@@ -70,6 +74,28 @@ def test_batch_changes_no_token(form: str, dtype: str, tmp_path: Path, events: C
         engine.check_idle()
 
     run()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters(form: str, tmp_path: Path) -> None:
+    """What an adapter adds to a quantised model is what it adds to the same model with dense weights."""
+    maker, config = FORMS[form]
+    reference("llama", tmp_path / "source", **SMALL, vocab_size=VOCAB)
+    path = quantise(tmp_path / "source", tmp_path / "out", maker, config)
+    write_adapter(tmp_path / "a", modules_of(load_file(path / "dense" / "model.safetensors")))
+    found = []
+    for one in (path, path / "dense"):
+        model = load_model(one, device="cpu", dtype="float64", adapters=AdapterBank(2, 8))
+        engine = make_engine(model=model, max_adapters=2)
+        engine.load_adapter("a", tmp_path / "a")
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        requests = [
+            engine.add([5, 9, 2, 7], replace(params, adapter=name), request_id=str(name))[0] for name in (None, "a")
+        ]
+        run_all(engine)
+        found.append([tuple(request.output_ids) for request in requests])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 @pytest.mark.parametrize(("form", "bits"), [("awq", 4 + 40 / 32), ("gptq", 4 + 40 / 32), ("fp8", 8 + 32 / 64)])

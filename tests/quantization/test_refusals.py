@@ -47,6 +47,9 @@ REFUSED: list[tuple[Any, str]] = [
     (GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "format is 'gptq_v2'; implemented: the value of"),
     (GPTQ | {"lm_head": True}, "lm_head is True"),
     (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic is"),
+    (GPTQ | {"modules_in_block_to_quantize": 3}, "modules_in_block_to_quantize is 3; implemented: lists of names"),
+    (GPTQ | {"modules_in_block_to_quantize": [[3]]}, "modules_in_block_to_quantize is"),
+    (compressed("channel", ignore=["re:("]), "ignore is .*; implemented: regular expressions"),
     (GPTQ | {"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
     (
         compressed("channel") | {"format": "pack-quantized"},
