@@ -166,11 +166,9 @@ def read_gptq(settings: Settings) -> GPTQ:
             raise settings.refuse(key, "no such entry")
     group = settings.group_size(default=128)
     inside = settings.get("modules_in_block_to_quantize", [])
-    flat = (
-        [name for part in inside for name in (part if isinstance(part, list) else [part])]
-        if isinstance(inside, list)
-        else [0]
-    )
+    flat: list[Any] = [None]
+    if isinstance(inside, list):
+        flat = [name for part in inside for name in (part if isinstance(part, list) else [part])]
     if not all(isinstance(name, str) for name in flat):
         raise settings.refuse("modules_in_block_to_quantize", "lists of names")
     settings.finish(INERT)
