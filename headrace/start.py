@@ -112,6 +112,12 @@ def gather(settings: Settings) -> Ranks:
             f"tensor_parallel_size is {size}, and there is room for {config.adapter_places} adapters: adapters are not "
             "divided among ranks yet: use tensor_parallel_size=1, or leave out adapters and max_adapters"
         )
+    form = read_config(settings.path).quantization
+    if form is not None:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and the checkpoint's weights are in the form {form.method!r}, which is "
+            "not divided among ranks yet: use tensor_parallel_size=1, or a checkpoint with dense weights"
+        )
     if settings.device == "cuda":
         _check_gpus(size)
     place = Placement(torch.device("meta"), torch.float32, ranks=Ranks(size=size))

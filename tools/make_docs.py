@@ -24,6 +24,7 @@ from headrace.models.checkpoint import load_model
 from headrace.models.registry import families
 from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
+from headrace.quantization import FORMS
 from headrace.ranks import ONE, Ranks
 from headrace.text.tools import TOOL_FORMATS
 from tools.bad_input import Bench, rows
@@ -58,7 +59,7 @@ def systems_page() -> str:
         lines.append("")
     lines += ["## Tool format", "", "| format | option | what the model writes | models |", "| --- " * 4 + "|"]
     lines += [f"| {p.name} | `{p.option}` | {p.summary} | {p.source} |" for p in TOOL_FORMATS]
-    lines += ["", "## Pairs", "", *_pairs(), ""]
+    lines += ["", *_forms(), "## Pairs", "", *_pairs(), ""]
     lines += ["## Ranks", "", *_ranks(), ""]
     lines += ["## Model family", "", "| model_type | architectures |", "| --- | --- |"]
     lines += [f"| {name} | {', '.join(architectures)} |" for name, architectures in families()]
@@ -68,6 +69,14 @@ def systems_page() -> str:
         "Triton; on a GPU steps are recorded as CUDA graphs too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _forms() -> list[str]:
+    """What checkpoints may hold weights in: no option of the engine, so that there are no pairs of it."""
+    lines = ["## Weight form", "", "Said by the checkpoint, `quant_method` in its `quantization_config`.", ""]
+    lines += ["| form | label | what it does | source | composes with |", "| --- " * 5 + "|"]
+    lines += [f"| {p.name} | {p.label} | {p.summary} | {p.source} | {p.composes} |" for p in FORMS]
+    return [*lines, ""]
 
 
 def _pairs() -> list[str]:

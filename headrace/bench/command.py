@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.bench import adapters, cpu, gpu, kernels, seams
+from headrace.bench import adapters, cpu, gpu, kernels, quantization, seams
 
-BENCHES = {"adapters": adapters, "cpu": cpu, "gpu": gpu, "kernels": kernels, "seams": seams}
+BENCHES = {
+    "adapters": adapters,
+    "cpu": cpu,
+    "gpu": gpu,
+    "kernels": kernels,
+    "quantization": quantization,
+    "seams": seams,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

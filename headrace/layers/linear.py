@@ -4,6 +4,9 @@ Projections of the same input (query, key and value; gate and up) lie below one 
 a layer runs one GEMM where the checkpoint has two or three. In a step whose rows have adapters (LoRA, arXiv
 2106.09685) each row's own change is added to the product, before the gate.
 
+Where the checkpoint stores weights in another form (`headrace.quantization`), a store takes the place of the weight. It
+depends on the names of the projections whether it does, so it is made when they are given (`tensors`).
+
 Several ranks split a map by its outputs (each computes some of them) or by its inputs (each computes a part of the sum
 over the inputs, and the parts are added up: one all-reduce), after Megatron-LM, arXiv 1909.08053. Letters: R rows.
 """
@@ -13,12 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from headrace.errors import UnsupportedModelError
 from headrace.kernels.project import project, project_onto
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.placement import Pieces, Placement, cut
+from headrace.quantization import WeightStore
+
+META = torch.device("meta")
 
 
 class Linear(nn.Module):
@@ -45,19 +53,41 @@ class Linear(nn.Module):
         parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.outputs = tuple(outputs)
+        self.inputs, self.outputs = inputs, tuple(outputs)
         self.ranks = place.ranks
         self.split = split if place.ranks.size > 1 else None
         self.parts = tuple(parts or [place.ranks.size] * len(self.outputs))
-        self.weight = place.matrix(sum(outputs), inputs)
+        self.store: WeightStore | None = None
+        self._place = place
+        self._is_settled = place.quantization is None
+        # Without memory until it is known whether there is a store.
+        self.weight = (place if self._is_settled else place._replace(device=META)).matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
         bank = place.adapters
         self.room = None if bank is None else bank.room(inputs, outputs, place.device, place.dtype)
+
+    def _settle(self, names: Sequence[str], transposed: bool) -> None:
+        """Now that the projections have names: a store, or a dense weight."""
+        place, self._is_settled = self._place, True
+        if place.quantization is not None:
+            widths = self.outputs if len(names) > 1 else [sum(self.outputs)]
+            self.store = place.quantization.store(names, widths, self.inputs, place.device)
+        if self.store is None:
+            self.weight = place.matrix(sum(self.outputs), self.inputs)
+            return
+        del self.weight
+        if transposed and f"{names[0]}.weight" in self.store.tensors():
+            raise UnsupportedModelError(
+                f"{names[0]} is stored as [inputs, outputs], and weights of that order are not implemented in "
+                "this form: use a checkpoint with float32, bfloat16 or float16 weights"
+            )
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """[R, inputs] to [R, sum(outputs)]; `norm`: weight and eps of an RMS norm of x."""
         if self.room is not None and self.room.active:
             return self._adapted(x, norm)
+        if self.store is not None:
+            return self.store.project(x, self.bias, norm=norm)
         if self.split != "inputs":
             return project(x, self.weight, self.bias, norm=norm)
         y = project(x, self.weight, self.bias if self.ranks.rank == 0 else None)  # the bias is in one of the parts
@@ -68,6 +98,8 @@ class Linear(nn.Module):
         """silu(first projection) * second, of two of one width: [R, inputs] to [R, that width]."""
         if self.room is not None and self.room.active:
             return silu_mul(self._adapted(x, norm))
+        if self.store is not None:
+            return self.store.project(x, self.bias, norm=norm, gated=True)
         return project(x, self.weight, self.bias, norm=norm, gated=True)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
@@ -78,7 +110,10 @@ class Linear(nn.Module):
         if self.split == "inputs":
             y.add_(self.forward(x))
             return
-        project_onto(y, x, self.weight, self.bias)
+        if self.store is not None:
+            self.store.project_onto(y, x, self.bias)
+        else:
+            project_onto(y, x, self.weight, self.bias)
         if self.room is not None and self.room.active:
             self.room.adapt_(y, x)
 
@@ -87,7 +122,7 @@ class Linear(nn.Module):
         assert self.room is not None
         if norm is not None:
             x = rms_norm(x, *norm)
-        y = project(x, self.weight, self.bias)
+        y = project(x, self.weight, self.bias) if self.store is None else self.store.project(x, self.bias)
         self.room.adapt_(y, x)
         return y
 
@@ -96,15 +131,18 @@ class Linear(nn.Module):
 
         One name stands for all of them stored as one. `transposed`: the checkpoint's weights are [inputs, outputs].
         """
+        if not self._is_settled:
+            self._settle(names, transposed)
         if self.room is not None:
             self.room.names = names
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Tensor]] = {} if self.store is None else self.store.tensors()
         projections = list(zip(self.outputs, self.parts, strict=True))
         start = 0
         for name, stored in zip(names, [[p] for p in projections] if len(names) > 1 else [projections], strict=True):
             width = sum(outputs for outputs, _ in stored)
-            weight = self._views(self.weight[start : start + width], stored)
-            found[f"{name}.weight"] = _transposed(weight) if transposed else weight
+            if self.store is None:
+                weight = self._views(self.weight[start : start + width], stored)
+                found[f"{name}.weight"] = _transposed(weight) if transposed else weight
             if self.bias is not None:
                 found[f"{name}.bias"] = self._views(self.bias[start : start + width], stored)
             start += width

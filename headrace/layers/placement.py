@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from headrace.errors import ConfigError
 from headrace.layers.adapters import AdapterBank
+from headrace.quantization import Quantization
 from headrace.ranks import ONE, Ranks
 
 CACHE_LINE = 64
@@ -22,6 +23,8 @@ class Placement(NamedTuple):
     dtype: torch.dtype
     adapters: AdapterBank | None = None
     """Where linear maps get room for adapters; None: they have none."""
+    quantization: Quantization | None = None
+    """The form in which the checkpoint stores the weights of linear maps; None: they are dense."""
     ranks: Ranks = ONE
     """The ranks that a layer may divide its parameters among; one that divides nothing is whole on each of them."""
 

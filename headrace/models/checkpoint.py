@@ -6,6 +6,7 @@ difference is reported at once. Then each tensor is copied into its place, one a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,22 +20,27 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headrace.errors import CheckpointError, ConfigError
+from headrace.errors import CheckpointError, ConfigError, UnsupportedModelError
 from headrace.layers.adapters import AdapterBank
 from headrace.layers.placement import Pieces, Placement, whole_shape
 from headrace.memory import check_memory
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
+from headrace.quantization import Quantization
 from headrace.ranks import ONE, Ranks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = {torch.int32: ("I32",), torch.float8_e4m3fn: ("F8_E4M3",)}
+"""Types in files that parameters of codes take; all others take `FLOATS`."""
 LISTED = 8
 """Names listed of each kind of problem; the rest is counted."""
 
 # Old checkpoints store the frequencies of the rotation, which follow from the configuration.
 REDUNDANT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# What a quantised linear map has beside or instead of its weight.
+QUANTISED = re.compile(r"(.*)\.(qweight|weight_scale|weight_scale_inv|weight_packed|weight_zero_point)")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 STD = 0.02
 HEAD = "lm_head.weight"
@@ -62,6 +68,7 @@ def load_model(
     seed: int = 0,
     revision: str | None = None,
     adapters: AdapterBank | None = None,
+    quantization: Quantization | None = None,
     ranks: Ranks = ONE,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
@@ -77,6 +84,7 @@ def load_model(
         seed: seed of random weights.
         revision: revision of a hub id.
         adapters: the model's linear maps get room for adapters in this bank, which must be new.
+        quantization: a form of weights for a dense checkpoint, of tools that look at products.
         ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
             same model on any number of ranks.
 
@@ -92,14 +100,26 @@ def load_model(
     wanted = _parse_dtype(dtype)
     directory = resolve_model(path_or_id, revision, weights=load_format == "auto")
     config = read_config(directory)
+    if quantization is not None:
+        if config.quantization is not None:
+            raise ConfigError(
+                f"{config.quantization.where} says that the weights are {config.quantization.method} already: give a "
+                "checkpoint with float32, bfloat16 or float16 weights"
+            )
+        config = dataclasses.replace(config, quantization=quantization)
     entries: dict[str, Entry] = {}
     if load_format == "auto":
-        where = Placement(torch.device("meta"), torch.float32, ranks=ranks)
-        outline = build_model(config, max_model_len=max_model_len, place=where)
+        meta = Placement(torch.device("meta"), torch.float32, quantization=config.quantization, ranks=ranks)
+        outline = build_model(config, max_model_len=max_model_len, place=meta)
         entries = _with_prefix(read_headers(directory), outline.prefix)
         entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
         _check(directory, config, outline.tensors(), entries)
-    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, ranks)
+    elif config.quantization is not None:
+        raise ConfigError(
+            f"load_format is 'random', but {config.quantization.where} asks for weights in the form "
+            f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
+        )
+    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, config.quantization, ranks)
     _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
     model.adapters = adapters
@@ -114,9 +134,10 @@ def load_model(
 
 def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
     """Raise CapacityError before anything is taken that does not fit."""
-    # Room for adapters comes on top; a bank gives it once.
-    outlined = place._replace(device=torch.device("meta"), adapters=None)
-    outline = build_model(config, max_model_len=max_model_len, place=outlined)
+    # Without the bank: its rooms are those of the model itself.
+    meta = place._replace(device=torch.device("meta"), adapters=None)
+    outline = build_model(config, max_model_len=max_model_len, place=meta)
+    outline.tensors()  # linear maps learn their names, and with them what they are stored in
     needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
     dtype = str(place.dtype).removeprefix("torch.")
     way_out = "use a smaller model, a narrower dtype, a smaller max_model_len, or a device with more memory"
@@ -298,7 +319,15 @@ def _check(
     directory: Path, config: ModelConfig, places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]
 ) -> None:
     """Compare the checkpoint's tensors with the model's; raise one error that names all differences."""
+    form = config.quantization
     known = {name for name in entries if REDUNDANT.fullmatch(name)}
+    if form is not None:
+        _refuse_quantised_elsewhere(directory, form, places, entries)
+        known |= {
+            name
+            for name in entries
+            if name not in places and (form.unused(name) or _is_zero_bias(name, places, entries[name]))
+        }
     problems: dict[str, list[str]] = {
         "missing": [name for name in places if name not in entries],
         "unexpected": [name for name in entries if name not in places and name not in known],
@@ -314,15 +343,42 @@ def _check(
         if name not in entries:
             continue
         must = whole_shape(views)
-        if entries[name].shape != must:
+        # One number is stored as [1] or as [].
+        if entries[name].shape != must and not (must == (1,) and entries[name].shape == ()):
             problems["of the wrong shape"].append(f"{name} is {list(entries[name].shape)}, must be {list(must)}")
-        if entries[name].dtype not in FLOATS:
+        if entries[name].dtype not in STORED.get(views[0].dtype, FLOATS):
             problems["of a type that is not implemented"].append(f"{name} is {entries[name].dtype}")
     if not any(problems.values()):
         return
     tied = problems["missing"] == [HEAD] and not config.tie_word_embeddings
     remedy = "if the head is the embedding, set tie_word_embeddings in config.json" if tied else REMEDY
     raise CheckpointError(_report(directory, problems, remedy))
+
+
+def _refuse_quantised_elsewhere(
+    directory: Path, form: Quantization, places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]
+) -> None:
+    """Raise an error that names the parameters that the checkpoint has quantised and that are dense here."""
+    found = [match[1] for match in map(QUANTISED.fullmatch, entries) if match]
+    dense = sorted(
+        {name for name in found if places.get(f"{name}.weight", [None])[0] is not None}
+        - {match[1] for match in map(QUANTISED.fullmatch, places) if match}
+    )
+    if dense:
+        raise UnsupportedModelError(
+            f"{directory} has {_list(dense)} quantised ({form.method}), but {form.where} leaves them out, or this "
+            "engine has no such form for them (embedding, head, experts, the latents of DeepSeek): use a checkpoint "
+            "that keeps these dense"
+        )
+
+
+def _is_zero_bias(name: str, places: Mapping[str, list[Tensor]], entry: Entry) -> bool:
+    """Whether a tensor is a bias of zeros, which some tools write for every linear map that they quantise."""
+    base, _, part = name.rpartition(".")
+    if part != "bias" or f"{base}.qweight" not in places:
+        return False
+    with safe_open(entry.file, framework="pt") as file:
+        return not file.get_tensor(entry.name).any()
 
 
 def _equal(a: Entry, b: Entry) -> bool:
@@ -358,7 +414,7 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
                     pairs = [(view, stored[where]) for view, where in zip(views, views.where, strict=True)]
                 else:
                     source = file.get_tensor(stored_as)
-                    pairs = [(view, source) for view in views]
+                    pairs = [(view, source.reshape(view.shape)) for view in views]
                 for view, source in pairs:
                     view.copy_(source)
                 if any(_narrower(view.dtype, source.dtype) and not view.isfinite().all() for view, source in pairs):
@@ -370,6 +426,8 @@ def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) ->
 
 def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
     """Whether the target's range is smaller, not counting bfloat16's last half per cent."""
+    if target in STORED:
+        return False
     return torch.finfo(target).max < 0.99 * torch.finfo(source).max
 
 

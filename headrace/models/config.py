@@ -18,6 +18,7 @@ import torch
 from headrace.checks import show
 from headrace.errors import ConfigError, UnsupportedModelError
 from headrace.layers.rotary import SCALINGS, RopeConfig
+from headrace.quantization import Quantization, read_quantization
 
 C = TypeVar("C", bound="ModelConfig")
 
@@ -104,6 +105,8 @@ class ModelConfig:
     """Logits become cap * tanh(logits / cap); 0: they stay."""
     dtype: torch.dtype | None = None
     """Type of the checkpoint, if the file says."""
+    quantization: Quantization | None = None
+    """The form in which the checkpoint stores the weights of linear maps; None: they are dense."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     architectures: tuple[str, ...] = field(default=(), compare=False)
@@ -245,7 +248,6 @@ def read_decoder(
         norm_eps, tied, theta, hidden: defaults of rms_norm_eps, tie_word_embeddings, rope_theta, intermediate_size.
         options: further fields of ModelConfig.
     """
-    _refuse_variants(entries)
     if "activation" not in options:
         options["activation"] = entries.one_of("hidden_act", ACTIVATIONS, "silu")
     hidden_size = entries.integer("hidden_size", high=MOST_WIDTH)
@@ -280,6 +282,7 @@ def read_decoder(
         mlp_bias=mlp_bias,
         windows=tuple(windows) if windows is not None else (0,) * num_layers,
         dtype=_read_dtype(entries),
+        quantization=read_quantization(entries.get("quantization_config"), entries.where),
         bos_token_id=next(iter(_read_token_ids(entries, "bos_token_id")), None),
         eos_token_ids=_read_token_ids(entries, "eos_token_id"),
         architectures=tuple(entries.raw.get("architectures") or ()),
@@ -292,17 +295,6 @@ def read_decoder(
 def extend(kind: type[C], config: ModelConfig, **more: Any) -> C:
     """The configuration with a family's own fields: `kind` is a dataclass made from ModelConfig."""
     return kind(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}, **more)
-
-
-def _refuse_variants(entries: Entries) -> None:
-    """Options that are common enough to deserve a sentence of their own."""
-    quantization = entries.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{entries.where}: quantization_config names method {method!r}; quantised checkpoints are not implemented: "
-            "use the checkpoint with float32, bfloat16 or float16 weights"
-        )
 
 
 def _read_dtype(entries: Entries) -> torch.dtype | None:

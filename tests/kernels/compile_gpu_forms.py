@@ -29,6 +29,8 @@ from headrace.kernels.draw_rows.gpu import draw_rows_gpu
 from headrace.kernels.experts import gpu as experts
 from headrace.kernels.place.gpu import place_gpu
 from headrace.kernels.project import gpu as project
+from headrace.kernels.project_fp8 import gpu as project_fp8
+from headrace.kernels.project_int4 import gpu as project_int4
 from headrace.kernels.report import Priced
 from headrace.kernels.report.gpu import report_gpu
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
@@ -47,6 +49,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -115,6 +118,7 @@ def launch_all() -> None:
             report_gpu(Advanced(*ints(3, n)), drafted, Priced(ints(n, n), ints(n, n), torch.zeros(n)))
 
     project_all()
+    project_quantised_all()
     adapt_all()
     turn_all()
     for dtype, pairs, has_bias in ((torch.float32, 6, False), (torch.bfloat16, 6, True), (torch.bfloat16, 900, False)):
@@ -159,6 +163,31 @@ def project_all() -> None:
         project.project_gpu(x, weight, gated=True)
         project.project_onto_gpu(y, x, weight[:outputs])
         project.project_onto_gpu(y, x, weight[:outputs], bias[:outputs])
+
+
+def project_quantised_all() -> None:
+    """Each form by rows, on the shapes of an 8B model and on odd ones."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, inputs, outputs, group in (
+            (1, 4096, 6144, 128),
+            (5, 104, 77, 40),
+            (64, 4096, 1024, 64),
+            (99, 72, 40, 72),
+        ):
+            groups = -(-inputs // group)
+            x, words, zeros, scales, codes, scales_8 = (
+                torch.empty(shape, dtype=kind, device="meta")
+                for shape, kind in (
+                    ((rows, inputs), dtype),
+                    ((-(-inputs // 8), outputs), torch.int32),
+                    ((groups, outputs), torch.uint8),
+                    ((groups, outputs), torch.float32),
+                    ((outputs, inputs), torch.uint8),
+                    ((outputs, groups), torch.float32),
+                )
+            )
+            project_int4.project_int4_gpu(x, words, zeros, scales, group)
+            project_fp8.project_fp8_gpu(x, codes, scales_8, group)
 
 
 def adapt_all() -> None:

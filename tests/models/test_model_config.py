@@ -157,7 +157,10 @@ def test_windows(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "implemented: LlamaForCausalLM"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
         ({"hidden_act": "xielu"}, "hidden_act is 'xielu'; it must be one of 'silu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "method 'gptq'; quantised checkpoints are not implemented"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "names method 'bitsandbytes'; implemented: awq, compressed",
+        ),
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; it must be one of float64"),
         ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be one of float64"),
         ({"vocab_size": ...}, "vocab_size is None; it must be a whole number of at least 1"),
