@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from pair import PROMPTS, TINY, alone, both, logprobs, tokens, work
 from tiny import make_engine
@@ -106,7 +108,22 @@ def test_every_part_runs_or_is_refused(part: Part[Any], lead: Lead, models: dict
         with pytest.raises(ConfigError, match="no rank has all of them"):
             LLM(str(models["llama"]), **(TINY | options | {"tensor_parallel_size": 2}))
         return
+    if SamplingParams(**wants).constraint:  # grammars are of text, and end
+        write_tokenizer(models["llama"])
+        wants, options = wants | {"ignore_eos": False}, options | {"skip_tokenizer_init": False}
     compare(lead, models["llama"], wants, **options)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer of the model's 131 tokens: three special ones, the letters of ASCII, and pairs of digits."""
+    letters = [chr(code) for code in range(33, 127)]
+    pairs = [f"{i:02}" for i in range(131 - 3 - len(letters))]
+    vocab = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters, *pairs])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>"])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
 
 
 @pytest.mark.parametrize(
