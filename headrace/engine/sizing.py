@@ -7,14 +7,17 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
-from headrace.errors import CapacityError, ConfigError
+from headrace.engine.pieces import MOST, RECORDING_BYTES, WIDEST
+from headrace.errors import CapacityError, ConfigError, InvariantError
 from headrace.memory import GIB, available_memory_bytes, check_memory
 from headrace.memory import size as size_of
+from headrace.models.base import CausalLM
 from headrace.ranks import ONE, Ranks
-from headrace.step import MASK_WORDS
+from headrace.step import MASK_WORDS, Scan, Turn
 
 log = logging.getLogger("headrace")
 
@@ -68,6 +71,58 @@ def check_tables(config: EngineConfig, max_len: int, device: torch.device) -> No
     )
 
 
+class _Nowhere:
+    """What layers see of rows that are evaluated for their memory: there is no cache, and attention brings zeros."""
+
+    soft_SE = None
+
+    def __init__(self, n_rows: int, turns: bool, device: torch.device) -> None:
+        self.turns = turns
+        self.pos_AR = torch.zeros(1, n_rows, dtype=torch.int32, device=device)
+
+    def attend(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> Tensor:
+        """Zeros [R, H, Dv]."""
+        return q_RHD.new_zeros(*q_RHD.shape[:2], v_RKD.shape[2])
+
+    def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
+        """Never called: the forward of a model with fixed states is not recorded."""
+        raise InvariantError(f"layer {layer} has a fixed state, and its memory was asked for")
+
+
+@torch.inference_mode()
+def forward_bytes(model: CausalLM, n_rows: int, turns: bool) -> int:
+    """What the tensors of a forward over so many rows take at most, on a GPU, measured by running one without a cache.
+
+    `turns`: see StepContext.
+    """
+    device = next(model.parameters()).device
+    tok_R = torch.zeros(n_rows, dtype=torch.int32, device=device)
+    context = _Nowhere(n_rows, turns, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(tok_R, context)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def pieces_bytes(model: CausalLM, most_rows: int, turns: bool) -> tuple[int, int]:
+    """What a model's forward recorded in pieces takes: its tensors, of which there is room for one forward over the
+    widest step, and all in all."""
+    # A tenth for what lies between blocks of different sizes.
+    arena = int(1.1 * forward_bytes(model, min(most_rows, WIDEST), turns))
+    return arena, arena + MOST * RECORDING_BYTES
+
+
 def choose_pages(
     config: EngineConfig,
     groups: Sequence[CacheGroup],
@@ -75,8 +130,10 @@ def choose_pages(
     max_len: int,
     state_bytes: int = 0,
     ranks: Ranks = ONE,
+    kept_bytes: int = 0,
 ) -> int:
-    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold.
+    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold,
+    and on a GPU leave `kept_bytes` for what is recorded.
 
     Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if what was asked
     for, or the states, or not even one page fit, ConfigError for a number of pages where no layer keeps any.
@@ -104,7 +161,7 @@ def choose_pages(
             )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        budget = int(config.gpu_memory_utilization * total) - (total - free_bytes) - GIB
+        budget = int(config.gpu_memory_utilization * total) - (total - free_bytes) - GIB - kept_bytes
     else:
         budget = free_bytes // 5
     if state_bytes > max(budget, 0):
