@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from headrace.bench.report import table
 from headrace.bench.workload import Work
+from headrace.engine.engine import Engine
+from headrace.engine.runner import Granted, ProcessorRequests, StepReport
 from headrace.llm import LLM
 from headrace.params import SamplingParams
 
@@ -180,6 +182,17 @@ def median_and_p95(values: Sequence[float]) -> tuple[float, float]:
     return statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1]
 
 
+class Times(NamedTuple):
+    """Steps without the profiler: milliseconds a step."""
+
+    plain_ms: float
+    """From one step to the next."""
+    host_ms: float
+    """The host builds and launches it, and waits for nothing."""
+    in_pieces: float
+    """Share of the steps whose forward was replayed in pieces."""
+
+
 class Traced(NamedTuple):
     """What a trace found."""
 
@@ -188,11 +201,14 @@ class Traced(NamedTuple):
     """Milliseconds of a step without the profiler."""
     guessed: int
     """See `Steps`."""
+    times: Times | None = None
+    without: Times | None = None
+    """Of steps like these without recorded pieces; None: not measured."""
 
 
 def describe(traced: Traced, title: str) -> str:
     """Markdown: one paragraph on the step, one table of kernels."""
-    costs, plain_ms, guessed = traced
+    costs, plain_ms, guessed = traced[:3]
     gap_us, gap95_us = median_and_p95(costs.gaps_us)
     busy_ms = statistics.fmean(costs.busy_us) / 1e3
     lines = [
@@ -207,6 +223,14 @@ def describe(traced: Traced, title: str) -> str:
         "",
         table(kernel_rows(costs)),
     ]
+    if traced.times is not None:
+        told = f"The host builds and launches a step in {traced.times.host_ms:.2f} ms"
+        if traced.times.in_pieces:
+            told += f", {traced.times.in_pieces:.0%} of the steps in recorded pieces"
+        if traced.without is not None:
+            other = traced.without
+            told += f"; without pieces it takes {other.host_ms:.2f} ms, and a step {other.plain_ms:.3f} ms"
+        lines[3:3] = [f"{told}."]
     if guessed:
         lines[3:3] = [
             f"The launches of {guessed} kernels and copies were not recorded: they count with their neighbours."
@@ -260,12 +284,40 @@ def queued(llm: LLM, works: Sequence[Work], temperature: float = 0.0) -> Iterato
     llm.engine.check_idle()
 
 
-def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Path | None = None) -> Traced:
-    """Time steps without the profiler, then record as many with it.
+def time_steps(engine: Engine, steps: int) -> Times:
+    """Run steps and time them, and the host's part of them."""
+    launch, pieces = engine.runner.launch, engine.runner.pieces
+    launched_s = 0.0
+
+    def timed(granted: Sequence[Granted], processors: ProcessorRequests = ()) -> Callable[[], StepReport]:
+        nonlocal launched_s
+        began_s = time.perf_counter()
+        result = launch(granted, processors)
+        launched_s += time.perf_counter() - began_s
+        return result
+
+    replays = pieces.replays if pieces else 0
+    engine.runner.launch = timed  # type: ignore[method-assign]
+    try:
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            engine.step()  # which waits for the step before, so it takes as long as a step
+        seconds = time.perf_counter() - start_s
+    finally:
+        del engine.runner.launch
+    replays = (pieces.replays if pieces else 0) - replays
+    return Times(seconds / steps * 1e3, launched_s / steps * 1e3, replays / steps)
+
+
+def trace(
+    llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, after: int = 2, file: Path | None = None
+) -> Traced:
+    """Time steps without the profiler, as many without recorded pieces if the engine has some, then record as many.
 
     Args:
-        steps: of each kind. The requests must keep the engine busy for 2 steps + 12.
-        decode: begin when every request has its prompt behind it; otherwise after two steps.
+        steps: of each kind. The requests must keep the engine busy for 3 steps + 12.
+        decode: begin when every request has its prompt behind it; such steps are recorded whole, and pieces left alone.
+        after: otherwise begin after so many steps.
         file: where the trace goes in Chrome's format, for a viewer; None: nowhere.
 
     Raises RuntimeError if the requests end too early or the trace cannot be read.
@@ -275,13 +327,17 @@ def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Pa
         if decode:
             while engine.n_waiting or any(request.pending > 1 for request in engine.running):
                 engine.step()
-        for _ in range(8 if decode else 2):
+        for _ in range(8 if decode else after):
             engine.step()
         torch.cuda.synchronize()
-        start_s = time.perf_counter()
-        for _ in range(steps):
-            engine.step()  # which waits for the step before, so it takes as long as a step
-        plain_ms = (time.perf_counter() - start_s) / steps * 1e3
+        times, without, pieces = time_steps(engine, steps), None, engine.runner.pieces
+        if pieces is not None and not decode:
+            engine.runner.pieces = None
+            try:
+                engine.step()
+                without = time_steps(engine, steps)
+            finally:
+                engine.runner.pieces = pieces
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             for _ in range(UNSETTLED + steps):
                 if not engine.has_work:
@@ -293,4 +349,4 @@ def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Pa
         profiler.export_chrome_trace(str(target))
         events = json.loads(target.read_text(encoding="utf-8"))["traceEvents"]
     steps_of_trace, guessed = split_steps(events)
-    return Traced(measure(steps_of_trace[UNSETTLED:]), plain_ms, guessed)
+    return Traced(measure(steps_of_trace[UNSETTLED:]), times.plain_ms, guessed, times, without)

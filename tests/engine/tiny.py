@@ -94,7 +94,9 @@ def make_engine(
     settings["cuda_graphs"] = False  # to record steps takes longer than to run so few: `pad` asks for it
     settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
-    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks, spellings=lambda: SPELLINGS)
+    e = Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks, spellings=lambda: SPELLINGS)
+    cut(e)
+    return e
 
 
 def run_all(engine: Engine, most_steps: int = 100_000) -> None:

@@ -1,0 +1,231 @@
+"""Forwards in recorded pieces: what is recorded when, and that tokens are those of steps that run as they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import DEVICE, VOCAB, alone_of, cut, examples, make_engine, run_all
+from torch import Tensor
+
+from headrace.engine import pieces
+from headrace.engine.engine import Engine
+from headrace.engine.graphs import BUCKETS
+from headrace.engine.pieces import Call, PieceContext, StepPieces, sizes
+from headrace.errors import InvariantError
+from headrace.params import SamplingParams
+from headrace.request import Finish, Request
+from headrace.step import RowTable
+
+CPU = torch.device("cpu")
+
+
+@given(most=st.integers(1, 20_000))
+@settings(deadline=None)
+def test_a_full_step_is_a_size_and_a_wide_one_is_padded_by_an_eighth_at_most(most: int) -> None:
+    found = sizes(most)
+    assert found[-1] == most
+    assert found == sorted(set(found))
+    for size, after in pairwise(found):
+        if size >= BUCKETS[-1]:
+            assert after - size <= size // 8
+    assert sizes(8192)[-9:-1] == [4096, 4608, 5120, 5632, 6144, 6656, 7168, 7680]
+
+
+def test_a_step_has_the_smallest_shape_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = StepPieces(CPU, 4096, 1)
+    assert mine.shape(600, 3) == (640, 64)
+    assert mine.shape(600, 64) == (640, 64)
+    assert mine.shape(600, 65) == (640, 512)
+    assert mine.shape(600, 513) == (640, 0)
+    assert mine.shape(600, None) == (640, 0)
+    assert mine.shape(500, 65) == (512, 0), "512 of 512 rows could not be told from all of them"
+    assert mine.shape(4096, 1) == (4096, 64)
+    assert mine.shape(4097, 1) is None
+    monkeypatch.setattr(pieces, "WIDEST", 1000)
+    assert StepPieces(CPU, 4096, 1).shape(1001, 1) is None
+
+
+def wave(engine: Engine, number: int, **params: Any) -> list[Request]:
+    """Eight prompts that make one step of more rows than are recorded whole, and what follows."""
+    requests: list[Request] = []
+    for i in range(8):
+        prompt = [(7 * i + 3 * j * (number + 1) + j * j) % VOCAB for j in range(70 + 2 * i)]
+        chosen = {"temperature": 0.8 * (i % 2), "seed": i, "max_tokens": 6, **params}
+        requests += engine.add(prompt, SamplingParams(**chosen), request_id=f"{number}-{i}")
+    return requests
+
+
+def wide_engine(**options: Any) -> Engine:
+    engine = make_engine(**{"enable_prefix_caching": False, **options})
+    cut(engine)
+    return engine
+
+
+def test_the_second_step_of_a_size_is_recorded_and_the_third_replayed() -> None:
+    engine = wide_engine()
+    mine = engine.runner.pieces
+    assert mine is not None
+    mine.meetings = pieces.MEETINGS
+    for number, replays in enumerate([0, 1, 2]):
+        requests = wave(engine, number)
+        engine.step()
+        assert mine.replays == replays, "616 rows are a step, and it was run in pieces when it had been met"
+        assert mine.keys == ([(640, 64, None)] if replays else [])
+        for request in requests:
+            engine.abort(request.request_id)
+        engine.check_idle()
+
+
+@pytest.mark.parametrize("most_kept", [40, 2])
+def test_wide_steps_bring_the_tokens_of_narrow_ones(
+    most_kept: int, monkeypatch: pytest.MonkeyPatch, events: Counter[str]
+) -> None:
+    """`most_kept`: with room for two recordings they push each other out."""
+    monkeypatch.setattr(pieces, "MOST", most_kept)
+    engine = wide_engine()
+    mine = engine.runner.pieces
+    assert mine is not None
+    for number in range(3):
+        requests = wave(engine, number)
+        engine.step()
+        events["wide steps in pieces"] += mine.replays > 0
+        run_all(engine)
+        for request in requests:
+            assert (tuple(request.output_ids), request.finish.reason) == alone_of(request)
+        assert len(mine.keys) <= most_kept
+    engine.check_idle()
+
+
+def test_a_step_that_is_too_wide_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "WIDEST", 600)
+    engine = wide_engine()
+    requests = wave(engine, 0)
+    engine.step()
+    assert engine.runner.pieces is not None
+    assert not engine.runner.pieces.replays
+    run_all(engine)
+    assert engine.runner.pieces.replays
+    for request in requests:
+        assert tuple(request.output_ids) == alone_of(request)[0]
+
+
+def test_log_probs_of_prompts_and_tokens_are_the_same() -> None:
+    """More wanted rows than the last layer is cut to."""
+    found = []
+    for in_pieces in (False, True):
+        engine = make_engine(enable_prefix_caching=False)
+        if in_pieces:
+            cut(engine)
+        requests = wave(engine, 0, prompt_logprobs=2, logprobs=2)
+        run_all(engine)
+        found.append([(r.output_ids, r.token_logprobs, r.prompt_logprobs, r.top_logprobs) for r in requests])
+        if in_pieces:
+            assert engine.runner.pieces is not None
+            assert any(key[:2] == (640, 0) for key in engine.runner.pieces.keys)
+    assert str(found[0]) == str(found[1]) or found[0] == pytest.approx(found[1])
+
+
+def test_preempted_and_aborted_requests_between_replays(events: Counter[str]) -> None:
+    """Random waves over one engine: steps of any width, mixed with decoding, in famine, with aborts in between."""
+    events.update(dict.fromkeys(["replayed", "wide", "mixed", "famine", "abort"], 0))
+
+    @settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data(), spare=st.sampled_from([0, 60, 400]), ahead=st.booleans())
+    def run(data: st.DataObject, spare: int, ahead: bool) -> None:
+        engine = wide_engine(num_pages=1 + 24 + spare, max_num_seqs=12, async_scheduling=ahead)
+        mine = engine.runner.pieces
+        assert mine is not None
+        requests: list[Request] = []
+        for number in range(4):
+            mixed = engine.has_work
+            requests += wave(engine, number, max_tokens=8)
+            for _ in range(data.draw(st.integers(1, 6))):
+                rows, replays = engine.runner.times.rows, mine.replays
+                engine.step()
+                wide = engine.runner.times.rows - rows > BUCKETS[-1] and mine.replays > replays
+                events["wide"] += wide
+                events["mixed"] += wide and mixed
+            if data.draw(st.booleans()):
+                engine.abort(f"{number}-{data.draw(st.integers(0, 7))}")
+        run_all(engine)
+        engine.check_idle()
+        for request in requests:
+            tokens, reason = alone_of(request)
+            if request.finish is Finish.ABORT:
+                events["abort"] += 1
+                assert tuple(request.output_ids) == tokens[: len(request.output_ids)]
+                continue
+            assert (tuple(request.output_ids), request.finish.reason) == (tokens, reason)
+        events["replayed"] += mine.replays
+        events["famine"] += engine.stats.preemptions
+
+    run()
+
+
+class Fake:
+    """A cache of one layer and a form that writes nothing."""
+
+    turns = False
+
+    def group_of(self, layer: int) -> int:
+        return 0
+
+    def layer_planes(self, layer: int) -> tuple[tuple[Tensor, ...], ...]:
+        return ()
+
+    def write(self, *_: Any) -> None:
+        return
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="how the CPU replays")
+def test_a_replay_on_the_cpu_has_the_tensors_of_the_first_time() -> None:
+    """What is forgotten when a step is recorded must not reach a later one by chance."""
+    mine = StepPieces(CPU, 8, 1)
+    mine.meetings = 1
+    rows = RowTable.allocate(8, 8, 0, 1, CPU)
+    fake: Any = Fake()
+    seen: list[tuple[int, ...]] = []
+    scales = iter([1.0, 1.0, 0.5])
+
+    def make(number: int) -> Any:
+        def body(context: PieceContext) -> Tensor:
+            q_RHD = torch.full((4, 2, 3), float(number + len(seen)))
+            return context.attend(0, q_RHD, q_RHD[:, :1], q_RHD[:, 1:], scale=next(scales)).sum((1, 2))
+
+        return body, PieceContext(mine, fake, fake, rows, None)
+
+    def read(call: Call) -> None:
+        seen.append(tuple(x.data_ptr() for x in call[1:5]))
+        call.out_RHD.copy_(call.q_RHD)
+
+    results = []
+    for number in (10, 20):
+        recording = mine.find("key", lambda number=number: make(number))
+        assert recording is not None
+        results.append(mine.play(recording, read).tolist())
+    assert results == [[60.0] * 4, [66.0] * 4], "the second play calls what the first step brought"
+    assert seen[0] == seen[1]
+    assert recording is not None
+    with pytest.raises(InvariantError, match="layer 0 attends in another way"):
+        mine.play(recording, read)
+
+
+def test_places_behind_the_rows_are_trash_and_wanted_rows_exist() -> None:
+    """A narrower step after a wide one must not write, or ask, where the wide one did."""
+    mine = StepPieces(CPU, 2048, 2)
+    wide, narrow = mine.shape(2048, 500), mine.shape(600, 3)
+    assert wide is not None
+    assert narrow is not None
+    mine.fill(wide, [torch.arange(2048) + 7] * 2, torch.arange(500) + 1500)
+    mine.fill(narrow, [torch.arange(600) + 9] * 2, torch.tensor([5, 6, 599]))
+    for place_R in mine.place:
+        assert place_R[:600].tolist() == [9 + i for i in range(600)]
+        assert not place_R[600 : narrow.rows].any()
+    assert mine.wanted[:3].tolist() == [5, 6, 599]
+    assert not mine.wanted[3 : narrow.wanted].any()
