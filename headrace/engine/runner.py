@@ -429,9 +429,11 @@ class Runner:
 
     def _spans(self, granted: Sequence[Granted]) -> list[Span]:
         spans: list[Span] = []
-        first = 0
+        first, groups = 0, self.target.groups
         for request, size, ahead, _ in granted:
-            slots = max((request.slots(g) for g in self.target.groups), default=0)
+            slots = request.n_done if groups else 0
+            if groups and request.dropped:
+                slots -= min([request.dropped[g] for g in groups])
             spans.append((first, size, slots + ahead + size))
             first += size
         return spans
@@ -441,9 +443,10 @@ class Runner:
         chains: list[Chain] = []
         first = 0
         for request, size, ahead, _ in granted:
-            decoder = self.decoders[request.decoder]
-            if size > 1 and decoder.causal and not decoder.tree:
-                chains.append(Chain(first, size, request.slots(group) + ahead))
+            if size > 1:
+                decoder = self.decoders[request.decoder]
+                if decoder.causal and not decoder.tree:
+                    chains.append(Chain(first, size, request.slots(group) + ahead))
             first += size
         return chains
 

@@ -94,9 +94,7 @@ def make_engine(
     settings["cuda_graphs"] = False  # to record steps takes longer than to run so few: `pad` asks for it
     settings["preemption"] = "recompute"  # the default goes by measured seconds, and tests should not
     config = EngineConfig(**{**settings, "check_invariants": True, "device": DEVICE, **options})
-    e = Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks, spellings=lambda: SPELLINGS)
-    cut(e)
-    return e
+    return Engine(config, model or tiny_model(), eos_ids=eos_ids, clock=clock, ranks=ranks, spellings=lambda: SPELLINGS)
 
 
 def run_all(engine: Engine, most_steps: int = 100_000) -> None:
