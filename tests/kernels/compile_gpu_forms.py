@@ -243,7 +243,9 @@ def attend_once(
     pools = [empty(kv_heads, 9, 16, d, kind=dtype) for d in (size, v_size)]
     options: Any = {"window": 100, "softcap": 30.0, "sinks_H": empty(heads, kind=dtype), "need_lse": True}
     q_RHD = empty(n_rows, heads, size, kind=dtype)
-    gpu.attend(q_RHD, rows, *pools, empty(n_reqs + 1, 2048), empty(n_reqs + 1), scale=0.1, **(options if full else {}))
+    tables = empty(n_reqs + 1, 2048), empty(n_reqs + 1)
+    for seen in (rows, rows._replace(bits_R=None, words_W=None, joined=True)):
+        gpu.attend(q_RHD, seen, *pools, *tables, scale=0.1, **(options if full else {}))
     k_RKD = q_RHD[:, :kv_heads]
     gpu.write_kv(k_RKD, k_RKD[..., :v_size], *pools, empty(n_rows, kind=torch.int64))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionRows, gpu
-from headrace.kernels.attention.gpu_shape import Heads
+from headrace.kernels.attention.gpu_shape import STREAMS, TILES, Heads, has_few_rows
 
 DECODE = [(b, context) for context in (1024, 4096, 32768) for b in (1, 8, 64)]
 """Requests with one row each, and their slots."""
@@ -77,7 +77,8 @@ def make_step(
     k_R = torch.arange(n_rows, **ints).repeat(n_reqs)
     zero_R = torch.zeros_like(k_R)
     ptr_B1 = torch.arange(0, n_reqs * n_rows + 1, n_rows, **ints)
-    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, torch.arange(n_reqs, **ints))
+    reqs_B = torch.arange(n_reqs, **ints)
+    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True)
     slot_R = (committed + k_R).long()
     place_R = page_table_BP[req_R.long(), slot_R // page_size].long() * page_size + slot_R % page_size
     shape = (kv_heads, n_pages, page_size, size)
@@ -146,7 +147,8 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
     layers = min(MAX_LAYERS, -(-COLD_BYTES // read_bytes))
     step = make_step(n_reqs, n_rows, committed, layers, torch.device("cuda"), geometry)
     plan = step.plan()
-    shape = plan.shape(Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize))
+    limits = STREAMS if has_few_rows(n_reqs * n_rows, n_reqs) else TILES
+    shape = plan.shape(Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize), limits)
 
     def all_layers() -> None:
         for layer in range(layers):
