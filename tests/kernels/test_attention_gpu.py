@@ -52,6 +52,7 @@ def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to four splits wherever there are as many blocks of 16 slots, on any device."""
     monkeypatch.setattr(gpu_shape, "PROGRAMS_A_PROCESSOR", 2**16)
     monkeypatch.setattr(gpu_shape, "MIN_SPLIT_SLOTS", 16)
+    monkeypatch.setattr(gpu_shape, "LEAST_SLOTS", 16)
     monkeypatch.setattr(gpu_shape, "MAX_BLOCK_N", 16)
     monkeypatch.setattr(gpu_shape, "MAX_SPLITS", 4)
 
@@ -202,9 +203,9 @@ def test_few_rows_are_the_reference(
     cuts = []
     launch = gpu._attend_few
 
-    def watched(work: Any, cut: gpu_shape.Shape, tiles_T8: Tensor) -> None:
+    def watched(work: Any, cut: gpu_shape.Shape, *tiles: Any) -> None:
         cuts.append(cut)
-        launch(work, cut, tiles_T8)
+        launch(work, cut, *tiles)
 
     monkeypatch.setattr(gpu, "_attend_few", watched)
     for dtype in (torch.float32, (torch.bfloat16, torch.float16)[i % 2]):
@@ -506,7 +507,7 @@ def test_tiles_hold_every_row_once(device: torch.device) -> None:
         shape = plan.shape(Heads(4, 1, 16, 16, 4))
         assert shape.tile_rows == 4
         held = []
-        for req, row0, end, *_ in plan.tiles(shape, 0).tolist():
+        for req, row0, end, *_ in plan.tiles(shape, 0)[0].tolist():
             assert end - row0 <= shape.tile_rows
             held += [(row, req) for row in range(row0, end)]
         owners = [req if req < n_reqs else -1 for req in owner_R.tolist()]
@@ -536,11 +537,13 @@ def test_cuts_fit_the_chip(size: int, itemsize: int, group: int) -> None:
 def test_cuts_of_a_model_of_8b() -> None:
     heads = Heads(4, 8, 128, 128, 2)
     one = choose_shape(1, 1, 2**17, heads, H100)
-    assert (one.block_m, one.block_n, one.n_splits) == (16, 64, 64)
+    assert (one.block_m, one.block_n, one.n_splits) == (16, 64, 32)
     many = choose_shape(512, 512, 2**15, heads, H100)
     assert (many.block_m, many.n_splits) == (16, 1)
     prompt = choose_shape(8192, 1, 2**15, heads, H100)
     assert (prompt.block_m, prompt.block_n, prompt.n_splits, prompt.n_warps) == (128, 64, 1, 8)
+    streams = [gpu_shape.choose_stream(n, n, 2**14, heads, H100) for n in (1, 8, 32, 64)]
+    assert [(s.block_n, s.n_splits, s.n_stages) for s in streams] == [(64, 32, 4), (64, 4, 4), (64, 1, 4), (32, 1, 4)]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

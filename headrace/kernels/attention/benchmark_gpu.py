@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionRows, gpu
-from headrace.kernels.attention.gpu_shape import STREAMS, TILES, Heads, has_few_rows
+from headrace.kernels.attention.gpu_shape import Heads
 
 DECODE = [(b, context) for context in (1024, 4096, 32768) for b in (1, 8, 64)]
 """Requests with one row each, and their slots."""
@@ -147,8 +147,7 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
     layers = min(MAX_LAYERS, -(-COLD_BYTES // read_bytes))
     step = make_step(n_reqs, n_rows, committed, layers, torch.device("cuda"), geometry)
     plan = step.plan()
-    limits = STREAMS if has_few_rows(n_reqs * n_rows, n_reqs) else TILES
-    shape = plan.shape(Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize), limits)
+    shape = plan.shape(Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize))
 
     def all_layers() -> None:
         for layer in range(layers):

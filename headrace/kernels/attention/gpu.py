@@ -16,14 +16,13 @@ from headrace.kernels.attention import by_rows, reference, squares
 from headrace.kernels.attention.gpu_shape import (
     JOINED_LINES,
     JOINED_PARTS,
-    STREAMS,
-    TILES,
     Chip,
     Heads,
-    Limits,
     Shape,
     choose_shape,
+    choose_stream,
     has_few_rows,
+    least_blocks,
     padded,
     parts_of_group,
     rows_beside_prompts,
@@ -31,7 +30,7 @@ from headrace.kernels.attention.gpu_shape import (
 from headrace.kernels.attention.pools import pool_strides
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
-from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
+from headrace.kernels.gpu_sizes import next_power, overlaps, processors, shared_bytes
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernels know."""
@@ -56,6 +55,8 @@ class GpuPlan:
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
+        self.is_joined = rows.joined and rows.bits_R is None
+        self.is_stream = self.is_joined and has_few_rows(self.n_rows, self.n_reqs)
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
@@ -70,18 +71,21 @@ class GpuPlan:
             self._paged = GpuPlan(self.rows._replace(c_R=c_R), page_table_BP, self.kv_len_B, page_size)
         return self._paged
 
-    def shape(self, heads: Heads, limits: Limits = TILES) -> Shape:
-        """The cut of the step for heads of one kind; see `gpu_shape.choose_shape`."""
-        return choose_shape(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip(), limits)
+    def shape(self, heads: Heads) -> Shape:
+        """The cut of the step for heads of one kind; see `gpu_shape`."""
+        choose = choose_stream if self.is_stream else choose_shape
+        return choose(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip())
 
     def chip(self) -> Chip:
         """Where the step runs."""
         return Chip(processors(self.kv_len_B.device), shared_bytes(self.kv_len_B.device))
 
-    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> Tensor:
-        """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
+    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> tuple[Tensor, bool]:
+        """The tiles under a window, int32 [T, 8], and whether they stand there since an earlier layer; see
+        `gpu_kernel.list_tiles`."""
         key = (shape.tile_rows, shape.block_n, window, least_rows, one_each)
-        if key not in self._tiles:
+        is_listed = key in self._tiles
+        if not is_listed:
             from headrace.kernels.attention.gpu_kernel import TILE_FIELDS, list_tiles
 
             rows = self.rows
@@ -111,7 +115,7 @@ class GpuPlan:
                 num_warps=1,
             )
             self._tiles[key] = tiles_T8
-        return self._tiles[key]
+        return self._tiles[key], is_listed
 
     def parts(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Room for the results of splits, float32 [..., Dv] and [...]; layers use it one after the other."""
@@ -199,18 +203,19 @@ def attend(
         softcap * _LOG2_E,
         window,
     )
-    joined = rows.joined and rows.bits_R is None
-    if joined and has_few_rows(n_rows, plan.n_reqs):
-        shape = plan.shape(kinds, STREAMS)
-        _attend_few(work, shape, plan.tiles(shape, window))
-        return out_RHD, lse_RH
     shape = plan.shape(kinds)
-    few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if joined else None)
-    _attend_tiles(work, shape, plan.tiles(shape, window, few.tile_rows + 1 if few else 0))
+    if plan.is_stream:
+        _attend_few(work, shape, *plan.tiles(shape, window))
+        return out_RHD, lse_RH
+    few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if plan.is_joined else None)
+    _attend_tiles(work, shape, plan.tiles(shape, window, few.tile_rows + 1 if few else 0)[0])
     if few:
         # After the others, whose merge of splits goes over all rows.
-        launch = _attend_few if joined else _attend_tiles
-        launch(work, few, plan.tiles(few, window, one_each=True))
+        tiles_T8, is_listed = plan.tiles(few, window, one_each=True)
+        if plan.is_joined:
+            _attend_few(work, few, tiles_T8, is_listed)
+        else:
+            _attend_tiles(work, few, tiles_T8)
     return out_RHD, lse_RH
 
 
@@ -326,11 +331,12 @@ def _attend_tiles(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
         )
 
 
-def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
-    """The rows in a list of tiles, if each sees one run of slots."""
+def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> None:
+    """The rows in a list of tiles, if each sees one run of slots. `is_listed`: by a launch before the last one."""
     from headrace.kernels.attention.gpu_kernel_few import attend_few
 
     rows, kv_heads = work.plan.rows, work.heads.kv_heads
+    overlap = overlaps(work.out_RHD.device)
     part_out_TKMND, part_lse_TKMN, arrived_TK = work.out_RHD, work.out_RHD, rows.req_R
     if cut.n_splits > 1:
         sizes = cut.n_tiles, kv_heads, cut.block_m, cut.n_splits, work.heads.v_size
@@ -357,8 +363,10 @@ def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
         N_SPLITS=cut.n_splits,
         PART=min(cut.n_splits, JOINED_PARTS),
         LINES=min(next_power(work.heads.group * cut.tile_rows), JOINED_LINES),
+        LEAST=least_blocks(cut),
         STAGES=cut.n_stages,
-        OVERLAP=False,
+        OVERLAP=overlap,
+        launch_pdl=overlap and is_listed,
         **work.constants(cut),
     )
 

@@ -13,6 +13,17 @@ from __future__ import annotations
 
 from headrace.kernels.gpu_runtime import tl, triton
 
+LINE = tl.constexpr(64)
+"""Elements of 16 bits in a line of the L2 cache."""
+
+
+@triton.jit
+def _ask_l2(at):
+    """Ask the L2 cache for lines; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
 
 @triton.jit
 def _write(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV: tl.constexpr,
@@ -152,6 +163,7 @@ def attend_few(
     N_SPLITS: tl.constexpr,
     PART: tl.constexpr,
     LINES: tl.constexpr,
+    LEAST: tl.constexpr,
     STAGES: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -165,26 +177,28 @@ def attend_few(
     HAS_LSE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program a tile, key/value head and split; split j of N visits the blocks begin + j, begin + j + N, ...
+    """One program a tile, key/value head and split; of n active splits, split j visits the blocks begin + j, begin + j
+    + n, ...
 
-    Only as many splits as the tile has blocks do anything; with one, the result is written at once. `arrived_TK` is
-    zero between launches.
+    A tile has an active split for every LEAST blocks, N_SPLITS at most; with one, the result is written at once.
+    `arrived_TK` is zero between launches.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    # What is read before the wait was written by no launch that this one may overlap with. Every program waits: the
+    # launch behind this one relies on it.
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     at = tiles_T8 + tile * 8
     row0 = tl.load(at + 1)
     row_end = tl.load(at + 2)
-    if row0 >= row_end:
-        return
     begin = tl.load(at + 4)
     stop = tl.load(at + 7)
-    active = tl.maximum(tl.minimum(stop - begin, N_SPLITS), 1)
-    if split >= active:
+    active = tl.maximum(tl.minimum((stop - begin + LEAST - 1) // LEAST, N_SPLITS), 1)
+    if (row0 >= row_end) | (split >= active):
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
         return
     req = tl.load(at)
     n = tl.load(at + 3)
@@ -215,18 +229,26 @@ def attend_few(
     # Slots in [low, end) are seen by some line; what no line sees may be NaN, and 0 * NaN is NaN.
     end = tl.max(ends, 0)
     low = tl.min(tl.where(live, lows, max_slots), 0)
-    q_at = q_RHD + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + d[None, :]
-    q = tl.load(q_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
     keys = k_pool_KPSD + kv_head.to(tl.int64) * k_head
     values = v_pool_KPSD + kv_head.to(tl.int64) * v_head
+    if OVERLAP:
+        # Slots of earlier steps: no kernel of this one writes them, and what it writes the cache has, too.
+        place = page.to(tl.int64) * S + s % S
+        k_lines: tl.constexpr = BLOCK_D // LINE if BLOCK_D > LINE else 1
+        v_lines: tl.constexpr = BLOCK_DV // LINE if BLOCK_DV > LINE else 1
+        _ask_l2(keys + place[:, None] * D + tl.minimum(tl.arange(0, k_lines) * LINE, D - 1)[None, :])
+        _ask_l2(values + place[:, None] * V_SLOT + tl.minimum(tl.arange(0, v_lines) * LINE, DV - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
+    q_at = q_RHD + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + d[None, :]
+    q = tl.load(q_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for block in tl.range(begin + split, stop, N_SPLITS, num_stages=STAGES):
+    for block in tl.range(begin + split, stop, active, num_stages=STAGES):
         s = block * BLOCK_N + offset
         place = page.to(tl.int64) * S + s % S
-        ahead = s + N_SPLITS * BLOCK_N
+        ahead = s + active * BLOCK_N
         page = tl.load(pages + ahead // S, mask=ahead < max_slots, other=0)
         used = (s >= low) & (s < end)
         k = tl.load(keys + place[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)

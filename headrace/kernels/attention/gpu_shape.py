@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from headrace.kernels.gpu_sizes import next_power
 
-PROGRAMS_A_PROCESSOR = 4
+PROGRAMS_A_PROCESSOR = 3
 """Programs to have ready for each multiprocessor before slots are no longer split."""
 MIN_SPLIT_SLOTS = 128
 """Slots of the longest possible context that a split is made for."""
+LEAST_SLOTS = 128
+"""Slots of a request that a split is made for, where requests have few rows."""
 MAX_SPLITS = 128
 """Above it, merging costs more than the splits save."""
 MAX_BLOCK_N = 128
@@ -42,8 +44,10 @@ class Limits(NamedTuple):
 
 TILES = Limits(2**14, 4, 3, 2)
 """Of `gpu_kernel.attend_tiles`."""
-STREAMS = Limits(2**14, 4, 3, 2)
-"""Of `gpu_kernel_few.attend_few`."""
+STREAMS = Limits(2**13, 4, 4, 1)
+"""Of `gpu_kernel_few.attend_few`, where there are requests enough to fill the chip."""
+WIDE_STREAMS = Limits(2**14, 4, 4, 1)
+"""Where there are not."""
 
 
 class Heads(NamedTuple):
@@ -118,6 +122,17 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
     )
 
 
+def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Shape:
+    """The cut for the kernel of few rows a request."""
+    fills = min(n_reqs, n_rows) * heads.kv_heads >= chip.processors * 2
+    return choose_shape(n_rows, n_reqs, max_slots, heads, chip, STREAMS if fills else WIDE_STREAMS)
+
+
+def least_blocks(shape: Shape) -> int:
+    """Blocks of a request that a split of few rows is made for."""
+    return max(LEAST_SLOTS // shape.block_n, 1)
+
+
 def has_few_rows(n_rows: int, n_reqs: int) -> bool:
     """Whether a step counts as decoding and not as prompts."""
     return -(-n_rows // max(n_reqs, 1)) < PROMPT_ROWS
@@ -141,7 +156,7 @@ def rows_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Heads,
     if shape.block_m <= lines or n_reqs < 2:
         return None
     if chip is not None:
-        return choose_shape(n_reqs, n_reqs, max_slots, heads, chip, STREAMS)._replace(n_tiles=n_reqs)
+        return choose_stream(n_reqs, n_reqs, max_slots, heads, chip)._replace(n_tiles=n_reqs)
     if shape.n_splits > 1:
         return None
     return shape._replace(
