@@ -135,8 +135,8 @@ def test_preempted_and_aborted_requests_between_replays(events: Counter[str]) ->
     """Random waves over one engine: steps of any width, mixed with decoding, in famine, with aborts in between."""
     events.update(dict.fromkeys(["replayed", "wide", "mixed", "famine", "abort"], 0))
 
-    @settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=st.data(), spare=st.sampled_from([0, 60, 400]), ahead=st.booleans())
+    @settings(max_examples=examples(24), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data(), spare=st.sampled_from([0, 140, 400]), ahead=st.booleans())
     def run(data: st.DataObject, spare: int, ahead: bool) -> None:
         engine = wide_engine(num_pages=1 + 24 + spare, max_num_seqs=12, async_scheduling=ahead)
         mine = engine.runner.pieces
