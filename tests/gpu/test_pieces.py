@@ -14,6 +14,7 @@ from headrace import LLM, SamplingParams
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.graphs import BUCKETS
+from headrace.engine.sizing import forward_bytes
 from headrace.request import Finish
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
@@ -98,6 +99,14 @@ def pool_bytes(llm: LLM) -> int:
     assert pieces._tape is not None
     segments = torch.cuda.memory_snapshot()
     return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pieces._tape._pool))
+
+
+def test_the_memory_of_a_forward_is_that_of_its_widest_product_and_its_inputs() -> None:
+    llm = LLM(device="cuda", dtype="bfloat16", kv_cache_gib=0.5)
+    config = llm.engine.model.config
+    gates = 2 * config.intermediate_size * 2
+    found = forward_bytes(llm.engine.model, 4096, turns=True)
+    assert 4096 * gates <= found <= 4096 * (4 * gates + 16 * config.hidden_size)
 
 
 def test_sizes_share_one_arena() -> None:
