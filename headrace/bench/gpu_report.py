@@ -170,7 +170,7 @@ class Report:
                 "plain_ms": traced.plain_ms,
                 "guessed": traced.guessed,
                 "times": traced.times and traced.times._asdict(),
-                "without_pieces": traced.without and traced.without._asdict(),
+                "narrow_only": traced.without and traced.without._asdict(),
                 **_plain(traced.costs),
             }
             for title, traced in self.traces

@@ -189,8 +189,8 @@ class Times(NamedTuple):
     """From one step to the next."""
     host_ms: float
     """The host builds and launches it, and waits for nothing."""
-    in_pieces: float
-    """Share of the steps whose forward was replayed in pieces."""
+    wide: float = 0.0
+    """Share of the steps that were replayed although they are wide or odd: whole, or their forward in pieces."""
 
 
 class Traced(NamedTuple):
@@ -203,7 +203,7 @@ class Traced(NamedTuple):
     """See `Steps`."""
     times: Times | None = None
     without: Times | None = None
-    """Of steps like these without recorded pieces; None: not measured."""
+    """Of steps like these when wide ones are not recorded; None: not measured."""
 
 
 def describe(traced: Traced, title: str) -> str:
@@ -225,11 +225,13 @@ def describe(traced: Traced, title: str) -> str:
     ]
     if traced.times is not None:
         told = f"The host builds and launches a step in {traced.times.host_ms:.2f} ms"
-        if traced.times.in_pieces:
-            told += f", {traced.times.in_pieces:.0%} of the steps in recorded pieces"
+        if traced.times.wide:
+            told += f", and {traced.times.wide:.0%} of the steps are recorded wide ones"
         if traced.without is not None:
             other = traced.without
-            told += f"; without pieces it takes {other.host_ms:.2f} ms, and a step {other.plain_ms:.3f} ms"
+            told += (
+                f"; if wide steps are not recorded it takes {other.host_ms:.2f} ms, and a step {other.plain_ms:.3f} ms"
+            )
         lines[3:3] = [f"{told}."]
     if guessed:
         lines[3:3] = [
@@ -286,7 +288,7 @@ def queued(llm: LLM, works: Sequence[Work], temperature: float = 0.0) -> Iterato
 
 def time_steps(engine: Engine, steps: int) -> Times:
     """Run steps and time them, and the host's part of them."""
-    launch, pieces = engine.runner.launch, engine.runner.pieces
+    launch = engine.runner.launch
     launched_s = 0.0
 
     def timed(granted: Sequence[Granted], processors: ProcessorRequests = ()) -> Callable[[], StepReport]:
@@ -296,7 +298,7 @@ def time_steps(engine: Engine, steps: int) -> Times:
         launched_s += time.perf_counter() - began_s
         return result
 
-    replays = pieces.replays if pieces else 0
+    replays = _wide_replays(engine)
     engine.runner.launch = timed  # type: ignore[method-assign]
     try:
         start_s = time.perf_counter()
@@ -305,18 +307,38 @@ def time_steps(engine: Engine, steps: int) -> Times:
         seconds = time.perf_counter() - start_s
     finally:
         del engine.runner.launch
-    replays = (pieces.replays if pieces else 0) - replays
-    return Times(seconds / steps * 1e3, launched_s / steps * 1e3, replays / steps)
+    return Times(seconds / steps * 1e3, launched_s / steps * 1e3, (_wide_replays(engine) - replays) / steps)
+
+
+def _wide_replays(engine: Engine) -> int:
+    graphs, pieces = engine.runner.graphs, engine.runner.pieces
+    return (graphs.wide_replays if graphs else 0) + (pieces.replays if pieces else 0)
+
+
+@contextmanager
+def _narrow_only(engine: Engine) -> Iterator[None]:
+    """Wide steps run as they are within."""
+    graphs, pieces = engine.runner.graphs, engine.runner.pieces
+    wide = graphs.wide if graphs else []
+    engine.runner.pieces = None
+    if graphs:
+        graphs.wide = []
+    try:
+        yield
+    finally:
+        engine.runner.pieces = pieces
+        if graphs:
+            graphs.wide = wide
 
 
 def trace(
     llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, after: int = 2, file: Path | None = None
 ) -> Traced:
-    """Time steps without the profiler, as many without recorded pieces if the engine has some, then record as many.
+    """Time steps without the profiler, as many without recording wide ones, then profile as many.
 
     Args:
         steps: of each kind. The requests must keep the engine busy for 3 steps + 12.
-        decode: begin when every request has its prompt behind it; such steps are recorded whole, and pieces left alone.
+        decode: begin when every request has its prompt behind it; such steps are narrow.
         after: otherwise begin after so many steps.
         file: where the trace goes in Chrome's format, for a viewer; None: nowhere.
 
@@ -330,14 +352,11 @@ def trace(
         for _ in range(8 if decode else after):
             engine.step()
         torch.cuda.synchronize()
-        times, without, pieces = time_steps(engine, steps), None, engine.runner.pieces
-        if pieces is not None and not decode:
-            engine.runner.pieces = None
-            try:
+        times, without = time_steps(engine, steps), None
+        if engine.runner.pieces is not None and not decode:
+            with _narrow_only(engine):
                 engine.step()
                 without = time_steps(engine, steps)
-            finally:
-                engine.runner.pieces = pieces
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             for _ in range(UNSETTLED + steps):
                 if not engine.has_work:

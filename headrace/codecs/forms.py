@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionPlan, AttentionRows, Chain, attend, plan_attention, write_kv
+from headrace.kernels.attention.squares import LEAST
 from headrace.kernels.turn import turn as turn_and_write
 from headrace.step import Turn
 
@@ -83,6 +84,8 @@ class Form(ABC):
     """Whether a step may be recorded and replayed with other sizes: nothing waits for the device or reads `spans`."""
     captures_writes = True
     """Whether `write` may be recorded and replayed: it waits for nothing, and of the host it reads shapes alone."""
+    uncaptured_rows: int | None = None
+    """Rows of a request from which `read` has a faster way that cannot be recorded with other sizes; None: never."""
     turns = False
     """Whether `write` takes queries and keys as the product left them, with a `turn`."""
 
@@ -138,6 +141,7 @@ class Direct(Form):
     def __init__(self, device: torch.device) -> None:
         # On the CPU three operations over the rows of a step are faster than one that goes head by head.
         self.turns = device.type == "cuda"
+        self.uncaptured_rows = LEAST if device.type == "cuda" else None
 
     def plan(self, step: GroupStep) -> _DirectPlan:
         """The attention's own plan."""

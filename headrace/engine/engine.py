@@ -29,7 +29,7 @@ from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
 from headrace.engine.adapters import Adapters, LoadedAdapter
-from headrace.engine.graphs import StepGraphs
+from headrace.engine.graphs import Pool, StepGraphs
 from headrace.engine.pieces import StepPieces
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
@@ -187,11 +187,12 @@ class Engine:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
         self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        graphs = StepGraphs(self.device) if records else None
+        pool = Pool(self.device, arena_bytes) if records else None
+        graphs = StepGraphs(self.device, most_rows, pool) if records else None
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
         if records:
             n_groups = len(self.runner.target.groups)
-            self.runner.pieces = StepPieces(self.device, most_rows, n_groups, arena_bytes)
+            self.runner.pieces = StepPieces(self.device, most_rows, n_groups, pool)
         self.runner.witness = ranks.witness if config.check_invariants and graphs is None else None
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked

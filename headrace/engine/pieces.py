@@ -15,41 +15,19 @@ Letters: R rows of the size, n rows of the step, M rows whose hidden states are 
 
 from __future__ import annotations
 
-import gc
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from headrace.codecs.forms import Form
-from headrace.engine.graphs import BUCKETS
+from headrace.engine.graphs import WIDEST, Pool, Recent, sizes
 from headrace.errors import InvariantError
 from headrace.step import RowTable, Scan, Turn
 
-WIDEST = 8192
-"""Rows of the largest size. Of a wider step the device has more to do than the host, however small the model."""
 WANTED = (64, 512)
 """Numbers of wanted rows that the last layer is cut to; for more of them it computes all rows."""
-MOST = 40
-"""Recordings that are kept; the one that was not used for longest goes first."""
-RECORDING_BYTES = 8 * 2**20
-"""What a recording takes beside its tensors: about 200 KiB for each graph of one to two hundred layers' kernels."""
-PER_OCTAVE = 8
-"""Sizes between a number of rows and its double."""
-MEETINGS = 2
-"""The step of a size that is recorded, if that is worth it: one that comes once is not."""
-
-
-def sizes(most: int) -> list[int]:
-    """Numbers of rows that steps of at most `most` rows are padded to: narrow steps to those of `graphs.py`, wider ones
-    to the next eighth of an octave. `most` itself is one of them, since full steps are the most frequent ones."""
-    found = list(BUCKETS)
-    while found[-1] < most:
-        found.append(found[-1] + 2 ** (found[-1].bit_length() - 1) // PER_OCTAVE)
-    return [*(size for size in found if size < most), most]
 
 
 class Shape(NamedTuple):
@@ -150,27 +128,19 @@ class StepPieces:
     Args:
         most_rows: bounds the rows of a step.
         n_groups: cache groups of the model.
-        arena_bytes: memory that is taken at the first recording for the tensors of all; what it does not hold is taken
-            when it is needed.
+        pool: on a GPU the memory that recordings share.
     """
 
-    def __init__(self, device: torch.device, most_rows: int, n_groups: int, arena_bytes: int = 0) -> None:
+    def __init__(self, device: torch.device, most_rows: int, n_groups: int, pool: Pool | None = None) -> None:
         self.device, self.most = device, min(most_rows, WIDEST)
         self.sizes = sizes(self.most)
         self.place = [torch.zeros(self.most, dtype=torch.int64, device=device) for _ in range(n_groups)]
         """By group the physical slots that rows are written to; those behind the step's rows are trash."""
         self.wanted = torch.zeros(WANTED[-1], dtype=torch.int64, device=device)
-        self.meetings = MEETINGS
         self.replays = 0
-        self._met: dict[Hashable, int] = {}
-        self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.recent: Recent[Recording] = Recent(device)
         self._rooms: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._tape = _Tape(device, arena_bytes) if device.type == "cuda" else None
-
-    @property
-    def keys(self) -> list[Hashable]:
-        """Of what is recorded."""
-        return list(self._kept)
+        self.pool = pool
 
     def shape(self, n_rows: int, n_wanted: int | None) -> Shape | None:
         """What a step of so many rows is padded to; None: it is too wide. `n_wanted`: None for all in their order."""
@@ -192,24 +162,14 @@ class StepPieces:
 
     def find(self, key: Hashable, make: Callable[[], tuple[Body, PieceContext]]) -> Recording | None:
         """What is recorded by a key; if it was met often enough, it is recorded now. None: the step runs as it is."""
-        if key not in self._kept:
-            self._met[key] = self._met.get(key, 0) + 1
-            if self._met[key] < self.meetings:
-                return None
-            self._make_room()
+        recording = self.recent.get(key)
+        if recording is None and self.recent.is_due(key):
             for place_R in (*self.place, self.wanted):
                 place_R.zero_()  # whatever is written while a forward is tried is trash
             body, context = make()
-            self._kept[key] = _Again(body, context) if self._tape is None else self._tape.record(body, context)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _make_room(self) -> None:
-        while len(self._kept) >= MOST:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # it may still run
-            key, _ = self._kept.popitem(last=False)
-            del self._met[key]
+            recording = _Again(body, context) if self.pool is None else _record(body, context, self.pool)
+            self.recent.put(key, recording)
+        return recording
 
     def fill(self, shape: Shape, place_by_group: Sequence[Tensor], wanted_M: Tensor | None) -> None:
         """Bring the data of a step: int64 [n] by group, and int64 [m], if there are wanted rows."""
@@ -276,66 +236,33 @@ class _Graphs(NamedTuple):
         return self.hidden
 
 
-class _Tape:
-    """Records forwards as chains of graphs that share memory.
+def _record(body: Body, context: PieceContext, pool: Pool) -> _Graphs:
+    """Run a forward whose attention reads nothing, which loads and tunes its kernels; then record it.
 
     A recording holds its graphs and bare addresses, no tensors: once it is made its memory is free for the next one,
     and within it that of a layer for the next layer, as when the forward runs as it is. That is right because forwards
     run one after the other, each begins with nothing, and what is launched between pieces has its memory elsewhere.
     """
+    context.cut = lambda call: None
+    body(context)
+    done: list[tuple[torch.cuda.CUDAGraph, Call | None]] = []
+    with pool.recording():
+        graph = pool.begin()
 
-    def __init__(self, device: torch.device, arena_bytes: int) -> None:
-        self._device, self._arena_bytes = device, arena_bytes
-        self._pool: Any = torch.cuda.graph_pool_handle()
-        # The allocator keeps what is freed for the stream that had it.
-        self._stream = torch.cuda.Stream(device)
+        def cut(call: Call) -> None:
+            nonlocal graph
+            graph.capture_end()
+            q_RHD, k_RKD, v_RKD = (_at_same_address(x) for x in call[1:4])
+            done.append((graph, call._replace(q_RHD=q_RHD, k_RKD=k_RKD, v_RKD=v_RKD)))
+            graph = pool.begin()
 
-    def record(self, body: Body, context: PieceContext) -> _Graphs:
-        """Run a forward whose attention reads nothing, which loads and tunes its kernels; then record it."""
-        context.cut = lambda call: None
-        body(context)
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        done: list[tuple[torch.cuda.CUDAGraph, Call | None]] = []
-        with _no_collection(), torch.cuda.stream(self._stream):
-            graph = self._begin()
-            if self._arena_bytes:
-                # One block, from which the allocator cuts: blocks of one size each would add up.
-                torch.empty(self._arena_bytes, dtype=torch.uint8, device=self._device)
-                self._arena_bytes = 0
-
-            def cut(call: Call) -> None:
-                nonlocal graph
-                graph.capture_end()
-                q_RHD, k_RKD, v_RKD = (_at_same_address(x) for x in call[1:4])
-                done.append((graph, call._replace(q_RHD=q_RHD, k_RKD=k_RKD, v_RKD=v_RKD)))
-                graph = self._begin()
-
-            context.cut = cut
-            try:
-                hidden = body(context)
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
-        done.append((graph, None))
-        return _Graphs(done, _at_same_address(hidden))
-
-    def _begin(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        return graph
-
-
-@contextmanager
-def _no_collection() -> Any:
-    """What the collector frees while a graph is recorded could break it."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
+        context.cut = cut
+        try:
+            hidden = body(context)
+        finally:
+            graph.capture_end()
+    done.append((graph, None))
+    return _Graphs(done, _at_same_address(hidden))
 
 
 class _Address:

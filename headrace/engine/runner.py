@@ -105,6 +105,7 @@ class _Padded(NamedTuple):
     key: Hashable
     step: Callable[[], Tensor]
     e_max: int
+    is_wide: bool
 
 
 ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
@@ -282,7 +283,7 @@ class Runner:
         self._built: _Built | None = None
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
-        self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
+        self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room + 1), table.ghost, 1, self.device)
         self._draw_tables = DrawTables(table.temperature, table.top_k, table.top_p, table.min_p, table.stream)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
@@ -339,10 +340,13 @@ class Runner:
         wide = any(g.request.params.logprobs is not None or g.request.scores_prompt for g in granted)
         if len(names) > 1 or wide or not self.decoders[names.pop()].captures(any(g.pending > 1 for g in granted)):
             return None
-        return ghost_grants([g.rows for g in granted])
+        grants = [g.rows for g in granted]
+        least = self.target.form.uncaptured_rows
+        has_faster = least is not None and max(grants) >= least
+        return ghost_grants(grants, () if has_faster else self.graphs.wide)
 
-    def _pad(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> _Padded:
-        """The step over the granted rows and ghosts, its index arrays on the device."""
+    def _pad(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> _Padded | None:
+        """The step over the granted rows and ghosts, its index arrays on the device; None: it is not worth it."""
         assert self.graphs is not None
         grants = [*(g.rows for g in granted), *ghosts]
         decoder = self.decoders[granted[0].request.decoder]
@@ -353,6 +357,9 @@ class Runner:
         # What is recorded changes the linear maps that some loaded adapter changes.
         changed = self.model.adapters.pattern if adapted and self.model.adapters else None
         key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts), changed
+        is_wide = sum(grants) > BUCKETS[-1]
+        if not self.graphs.wants(key, is_wide):
+            return None
         reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
         rows = self.rows.first(sum(grants), len(grants))
         arrays = Segment(self.table, rows, *sizes).arrays() | {"reqs_B": np.array(reqs, np.int64)}
@@ -364,12 +371,12 @@ class Runner:
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
             return self._run(granted, seg.rows, [(decoder, seg)], None, (), [], adapted).packed()
 
-        return _Padded(granted, key, step, decoder.e_max)
+        return _Padded(granted, key, step, decoder.e_max, is_wide)
 
     def _start(self, padded: _Padded) -> Callable[[], StepReport]:
         """Run or replay a step whose index arrays are on the device."""
         assert self.graphs is not None
-        fetch = _fetch(self.graphs.run(padded.key, padded.step), padded.e_max)
+        fetch = _fetch(self.graphs.run(padded.key, padded.step, padded.is_wide), padded.e_max)
         return lambda: self._report(padded.granted, fetch(), {}, {})
 
     def _run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
-from headrace.engine.pieces import MOST, RECORDING_BYTES, WIDEST
+from headrace.engine.graphs import MOST, RECORDING_BYTES, WIDEST
 from headrace.errors import CapacityError, ConfigError, InvariantError
 from headrace.memory import GIB, available_memory_bytes, check_memory
 from headrace.memory import size as size_of
@@ -122,7 +122,8 @@ def pieces_bytes(model: CausalLM, most_rows: int, turns: bool) -> tuple[int, int
     widest step, and all in all."""
     # A tenth for what lies between blocks of different sizes.
     arena = int(1.1 * forward_bytes(model, min(most_rows, WIDEST), turns))
-    return arena, arena + MOST * RECORDING_BYTES
+    # Those in pieces, and half as much for whole steps.
+    return arena, arena + 3 * MOST * RECORDING_BYTES // 2
 
 
 def choose_pages(

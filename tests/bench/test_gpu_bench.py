@@ -456,13 +456,15 @@ def test_steps_of_an_engine_are_traced(tiny: None, tmp_path: Path, monkeypatch: 
     assert [found.costs.steps for _, found in report.traces] == [48, 6, 6]
     times = [(found.times, found.without) for _, found in report.traces]
     assert all(mine is not None and 0 < mine.host_ms < mine.plain_ms for mine, _ in times)
-    assert [mine.in_pieces > 0 for mine, _ in times if mine] == [False, True, True]
-    assert [other is not None and not other.in_pieces and other.host_ms > 0 for _, other in times] == [
+    assert [mine.wide > 0 for mine, _ in times if mine] == [False, True, True]
+    assert [other is not None and not other.wide and other.host_ms > 0 for _, other in times] == [
         False,
         True,
         True,
     ]
-    assert "of the steps in recorded pieces; without pieces it takes" in describe(report.traces[1][1], "x")
+    assert "of the steps are recorded wide ones; if wide steps are not recorded it takes" in describe(
+        report.traces[1][1], "x"
+    )
     assert all(found.costs.kernels["gemm"].count == found.costs.steps for _, found in report.traces)
     assert (tmp_path / "kept-tiny-decode-2x12.json").exists()
     assert [entry["title"] for entry in json.loads((tmp_path / "out.json").read_text())["traces"]] == titles

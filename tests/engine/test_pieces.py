@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import DEVICE, VOCAB, alone_of, cut, examples, make_engine, run_all
+from tiny import DEVICE, VOCAB, alone_of, cut, examples, make_engine, pad, run_all
 from torch import Tensor
 
-from headrace.engine import pieces
+from headrace.engine import graphs, pieces
 from headrace.engine.engine import Engine
-from headrace.engine.graphs import BUCKETS
-from headrace.engine.pieces import Call, PieceContext, StepPieces, sizes
+from headrace.engine.graphs import BUCKETS, sizes
+from headrace.engine.pieces import Call, PieceContext, StepPieces
 from headrace.errors import InvariantError
 from headrace.params import SamplingParams
 from headrace.request import Finish, Request
@@ -71,12 +71,12 @@ def test_the_second_step_of_a_size_is_recorded_and_the_third_replayed() -> None:
     engine = wide_engine()
     mine = engine.runner.pieces
     assert mine is not None
-    mine.meetings = pieces.MEETINGS
+    mine.recent.meetings = graphs.MEETINGS
     for number, replays in enumerate([0, 1, 2]):
         requests = wave(engine, number)
         engine.step()
         assert mine.replays == replays, "616 rows are a step, and it was run in pieces when it had been met"
-        assert mine.keys == ([(640, 64, None)] if replays else [])
+        assert mine.recent.keys == ([(640, 64, None)] if replays else [])
         for request in requests:
             engine.abort(request.request_id)
         engine.check_idle()
@@ -87,7 +87,7 @@ def test_wide_steps_bring_the_tokens_of_narrow_ones(
     most_kept: int, monkeypatch: pytest.MonkeyPatch, events: Counter[str]
 ) -> None:
     """`most_kept`: with room for two recordings they push each other out."""
-    monkeypatch.setattr(pieces, "MOST", most_kept)
+    monkeypatch.setattr(graphs, "MOST", most_kept)
     engine = wide_engine()
     mine = engine.runner.pieces
     assert mine is not None
@@ -98,7 +98,7 @@ def test_wide_steps_bring_the_tokens_of_narrow_ones(
         run_all(engine)
         for request in requests:
             assert (tuple(request.output_ids), request.finish.reason) == alone_of(request)
-        assert len(mine.keys) <= most_kept
+        assert len(mine.recent.keys) <= most_kept
     engine.check_idle()
 
 
@@ -127,18 +127,74 @@ def test_log_probs_of_prompts_and_tokens_are_the_same() -> None:
         found.append([(r.output_ids, r.token_logprobs, r.prompt_logprobs, r.top_logprobs) for r in requests])
         if in_pieces:
             assert engine.runner.pieces is not None
-            assert any(key[:2] == (640, 0) for key in engine.runner.pieces.keys)
+            assert any(key[:2] == (640, 0) for key in engine.runner.pieces.recent.keys)
     assert str(found[0]) == str(found[1]) or found[0] == pytest.approx(found[1])
+
+
+def test_wide_steps_are_recorded_whole_where_nothing_reads_faster() -> None:
+    """The first wave of a shape goes in pieces, the second is recorded, the third replayed."""
+    engine = make_engine(enable_prefix_caching=False)
+    pad(engine)
+    whole, mine = engine.runner.graphs, engine.runner.pieces
+    assert whole is not None
+    assert mine is not None
+    whole.recent.meetings = graphs.MEETINGS
+    for number in range(4):
+        replays = mine.replays, whole.wide_replays
+        requests = wave(engine, number)
+        engine.step()
+        assert mine.replays - replays[0] == (number == 0)
+        assert whole.wide_replays - replays[1] == (number > 1)
+        run_all(engine)
+        for request in requests:
+            assert (tuple(request.output_ids), request.finish.reason) == alone_of(request)
+    assert [key[1:3] for key in whole.recent.keys] == [(9, 640)]
+    engine.check_idle()
+
+
+def test_a_wide_step_with_a_long_prompt_is_not_recorded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(enable_prefix_caching=False)
+    pad(engine)
+    monkeypatch.setattr(engine.runner.target.form, "uncaptured_rows", 84)
+    for number in range(2):
+        requests = wave(engine, number)  # one of them has 84 tokens
+        engine.step()
+        run_all(engine)
+        for request in requests:
+            assert tuple(request.output_ids) == alone_of(request)[0]
+    assert engine.runner.graphs is not None
+    assert not engine.runner.graphs.recent.keys
+    assert engine.runner.graphs.replays
+    assert engine.runner.pieces is not None
+    assert engine.runner.pieces.replays >= 2
+
+
+@given(grants=st.lists(st.integers(1, 300), min_size=1, max_size=600))
+@settings(deadline=None)
+def test_ghosts_of_wide_steps(grants: list[int]) -> None:
+    wide = [size for size in sizes(2048) if size > BUCKETS[-1]]
+    ghosts = graphs.ghost_grants(grants, wide)
+    if ghosts is None:
+        assert sum(grants) + 1 > 2048 - len(grants) or len(grants) > BUCKETS[-1]
+        return
+    assert all(rows >= 1 for rows in ghosts)
+    rows, requests = sum(grants) + sum(ghosts), len(grants) + len(ghosts)
+    if rows > BUCKETS[-1]:
+        assert rows in wide
+        assert requests - 1 in BUCKETS
+        assert ghosts
 
 
 def test_preempted_and_aborted_requests_between_replays(events: Counter[str]) -> None:
     """Random waves over one engine: steps of any width, mixed with decoding, in famine, with aborts in between."""
-    events.update(dict.fromkeys(["replayed", "wide", "mixed", "famine", "abort"], 0))
+    events.update(dict.fromkeys(["replayed", "wide", "mixed", "famine", "abort", "whole"], 0))
 
     @settings(max_examples=examples(24), deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=st.data(), spare=st.sampled_from([0, 140, 400]), ahead=st.booleans())
-    def run(data: st.DataObject, spare: int, ahead: bool) -> None:
+    @given(data=st.data(), spare=st.sampled_from([0, 140, 400]), ahead=st.booleans(), whole=st.booleans())
+    def run(data: st.DataObject, spare: int, ahead: bool, whole: bool) -> None:
         engine = wide_engine(num_pages=1 + 24 + spare, max_num_seqs=12, async_scheduling=ahead)
+        if whole:
+            pad(engine)
         mine = engine.runner.pieces
         assert mine is not None
         requests: list[Request] = []
@@ -163,6 +219,7 @@ def test_preempted_and_aborted_requests_between_replays(events: Counter[str]) ->
                 continue
             assert (tuple(request.output_ids), request.finish.reason) == (tokens, reason)
         events["replayed"] += mine.replays
+        events["whole"] += engine.runner.graphs.wide_replays if engine.runner.graphs else 0
         events["famine"] += engine.stats.preemptions
 
     run()
@@ -187,7 +244,7 @@ class Fake:
 def test_a_replay_on_the_cpu_has_the_tensors_of_the_first_time() -> None:
     """What is forgotten when a step is recorded must not reach a later one by chance."""
     mine = StepPieces(CPU, 8, 1)
-    mine.meetings = 1
+    mine.recent.meetings = 1
     rows = RowTable.allocate(8, 8, 0, 1, CPU)
     fake: Any = Fake()
     seen: list[tuple[int, ...]] = []

@@ -45,16 +45,16 @@ def test_a_replay_has_the_bits_of_its_step(dtype: str, decoder: str, codec: str,
         )
         pieces = llm.engine.runner.pieces
         assert pieces is not None
-        pieces.meetings = 1
+        pieces.recent.meetings = 1
         if not recorded:
-            pieces._tape = None  # pads steps, and runs each of them as it is
+            pieces.pool = None  # pads steps, and runs each of them as it is
         runs.append([])
         for seed in (1, 2):
             outputs = llm.generate(prompts(24, seed), params)
             runs[-1] += [(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs]
         events["replays"] += pieces.replays
-        events["wide sizes"] += sum(key[0] > BUCKETS[-1] for key in pieces.keys)
-        events["full steps"] += any(key[0] == 2048 for key in pieces.keys)
+        events["wide sizes"] += sum(key[0] > BUCKETS[-1] for key in pieces.recent.keys)
+        events["full steps"] += any(key[0] == 2048 for key in pieces.recent.keys)
         llm.engine.check_idle()
     assert runs[0] == runs[1]
 
@@ -71,7 +71,7 @@ def test_tokens_are_those_without_graphs_whatever_comes_between_replays(events: 
             eos_ids=[3],
         )
         if engine.runner.pieces is not None:
-            engine.runner.pieces.meetings = 1
+            engine.runner.pieces.recent.meetings = 1
         requests = []
         for number in range(5):
             for i in range(12):
@@ -96,9 +96,9 @@ def pool_bytes(llm: LLM) -> int:
     """Of the memory that recordings share."""
     pieces = llm.engine.runner.pieces
     assert pieces is not None
-    assert pieces._tape is not None
+    assert pieces.pool is not None
     segments = torch.cuda.memory_snapshot()
-    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pieces._tape._pool))
+    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pieces.pool.handle))
 
 
 def test_the_memory_of_a_forward_is_that_of_its_widest_product_and_its_inputs() -> None:
@@ -114,15 +114,15 @@ def test_sizes_share_one_arena() -> None:
     llm = LLM(device="cuda", dtype="bfloat16", kv_cache_gib=1.0, max_num_batched_tokens=4096, max_num_seqs=8)
     pieces = llm.engine.runner.pieces
     assert pieces is not None
-    assert pieces._tape is not None
-    pieces.meetings = 1
-    arena_bytes = pieces._tape._arena_bytes
+    assert pieces.pool is not None
+    pieces.recent.meetings = 1
+    arena_bytes = pieces.pool.arena_bytes
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=1)
     length = min(llm.engine.max_model_len - 2, 500)
     for rows in (600, 1000, 1500, 2100, 2900, 3500, 3900):
         parts = [length] * (rows // length) + ([rows % length] if rows % length else [])
         llm.generate([{"prompt_token_ids": [5 + i % 300 for i in range(n)]} for n in parts], [params] * len(parts))
-    assert len({key[0] for key in pieces.keys if key[0] > BUCKETS[-1]}) >= 3
+    assert len({key[0] for key in pieces.recent.keys if key[0] > BUCKETS[-1]}) >= 3
     # Products want some room of their own.
     assert pool_bytes(llm) <= arena_bytes + 96 * 2**20
 
