@@ -52,6 +52,8 @@ def measure_knee(time_step: Callable[[int], float], most: int) -> tuple[int, dic
     return knee, measured
 
 
+RECORD_LESS = "lower max_num_batched_tokens, or use cuda_graphs=False"
+"""What is left to do where there is no memory for recorded steps."""
 ROW_BYTES = 4 * (12 + MASK_WORDS)
 """Of the tables of a step, for each of its rows."""
 REQUEST_BYTES = 4 * 100
@@ -151,6 +153,9 @@ def choose_pages(
         asked = cache_bytes(groups, config.num_pages, config.page_size, config.max_num_seqs)
         way_out = f"lower num_pages or page_size, which is {config.page_size}"
         check_memory(f"num_pages is {config.num_pages}, which takes", asked + state_bytes, device, way_out)
+        if kept_bytes:
+            what = f"num_pages is {config.num_pages}; with {size_of(kept_bytes)} for recorded steps the engine takes"
+            check_memory(what, asked + state_bytes + kept_bytes, device, f"{way_out}, {RECORD_LESS}")
         return config.num_pages
     # What one rank takes must not be missing when the next one looks.
     free_bytes = ranks.least(available_memory_bytes(device))
@@ -161,6 +166,11 @@ def choose_pages(
         if budget > free_bytes:
             raise CapacityError(
                 f"kv_cache_gib is {config.kv_cache_gib}; {size_of(free_bytes)} are available on {device}: lower it"
+            )
+        if budget + kept_bytes > free_bytes:
+            raise CapacityError(
+                f"kv_cache_gib is {config.kv_cache_gib}, and recorded steps take {size_of(kept_bytes)} beside it; "
+                f"{size_of(free_bytes)} are available on {device}: lower it, {RECORD_LESS}"
             )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

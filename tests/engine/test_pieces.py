@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from tiny import DEVICE, VOCAB, alone_of, cut, examples, make_engine, pad, run_all
 from torch import Tensor
 
+from headrace.config import EngineConfig
 from headrace.engine import graphs, pieces
 from headrace.engine.engine import Engine
 from headrace.engine.graphs import BUCKETS, sizes
 from headrace.engine.pieces import Call, PieceContext, StepPieces
-from headrace.errors import InvariantError
+from headrace.engine.sizing import choose_pages
+from headrace.errors import CapacityError, InvariantError
 from headrace.params import SamplingParams
 from headrace.request import Finish, Request
 from headrace.step import RowTable
@@ -286,3 +288,19 @@ def test_places_behind_the_rows_are_trash_and_wanted_rows_exist() -> None:
         assert not place_R[600 : narrow.rows].any()
     assert mine.wanted[:3].tolist() == [5, 6, 599]
     assert not mine.wanted[3 : narrow.wanted].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_pages": 40}, "num_pages is 40; with .* GiB for recorded steps the engine takes .*cuda_graphs=False"),
+        ({"kv_cache_gib": 0.001}, "kv_cache_gib is 0.001, and recorded steps take .* GiB beside it"),
+    ],
+)
+def test_a_cache_that_leaves_no_room_for_recordings_is_refused(options: dict[str, Any], message: str) -> None:
+    groups = make_engine().cache.groups
+    config = EngineConfig(**{"page_size": 4, "max_num_seqs": 8, **options})
+    pages = choose_pages(config, groups, CPU, 96)
+    assert pages == choose_pages(config, groups, CPU, 96, kept_bytes=1)
+    with pytest.raises(CapacityError, match=message):
+        choose_pages(config, groups, CPU, 96, kept_bytes=2**60)
