@@ -188,7 +188,9 @@ class Times(NamedTuple):
     plain_ms: float
     """From one step to the next."""
     host_ms: float
-    """The host builds and launches it, and waits for nothing."""
+    """The host is busy with it, and does not wait for the device."""
+    launch_ms: float
+    """Of these the building and launching of what the step runs."""
     wide: float = 0.0
     """Share of the steps that were replayed although they are wide or odd: whole, or their forward in pieces."""
 
@@ -224,14 +226,12 @@ def describe(traced: Traced, title: str) -> str:
         table(kernel_rows(costs)),
     ]
     if traced.times is not None:
-        told = f"The host builds and launches a step in {traced.times.host_ms:.2f} ms"
-        if traced.times.wide:
-            told += f", and {traced.times.wide:.0%} of the steps are recorded wide ones"
-        if traced.without is not None:
-            other = traced.without
-            told += (
-                f"; if wide steps are not recorded it takes {other.host_ms:.2f} ms, and a step {other.plain_ms:.3f} ms"
-            )
+        mine, other = traced.times, traced.without
+        told = f"The host is busy for {mine.host_ms:.2f} ms of a step, {mine.launch_ms:.2f} of them to launch it"
+        if mine.wide:
+            told += f", and {mine.wide:.0%} of the steps are recorded wide ones"
+        if other is not None:
+            told += f"; if wide steps are not recorded, for {other.host_ms:.2f} ms of {other.plain_ms:.3f}"
         lines[3:3] = [f"{told}."]
     if guessed:
         lines[3:3] = [
@@ -289,14 +289,22 @@ def queued(llm: LLM, works: Sequence[Work], temperature: float = 0.0) -> Iterato
 def time_steps(engine: Engine, steps: int) -> Times:
     """Run steps and time them, and the host's part of them."""
     launch = engine.runner.launch
-    launched_s = 0.0
+    launched_s = waited_s = 0.0
 
     def timed(granted: Sequence[Granted], processors: ProcessorRequests = ()) -> Callable[[], StepReport]:
         nonlocal launched_s
         began_s = time.perf_counter()
-        result = launch(granted, processors)
+        report = launch(granted, processors)
         launched_s += time.perf_counter() - began_s
-        return result
+
+        def wait() -> StepReport:
+            nonlocal waited_s
+            began_s = time.perf_counter()
+            result = report()
+            waited_s += time.perf_counter() - began_s
+            return result
+
+        return wait
 
     replays = _wide_replays(engine)
     engine.runner.launch = timed  # type: ignore[method-assign]
@@ -307,7 +315,9 @@ def time_steps(engine: Engine, steps: int) -> Times:
         seconds = time.perf_counter() - start_s
     finally:
         del engine.runner.launch
-    return Times(seconds / steps * 1e3, launched_s / steps * 1e3, (_wide_replays(engine) - replays) / steps)
+    wide = _wide_replays(engine) - replays
+    a_step = 1e3 / steps
+    return Times(seconds * a_step, (seconds - waited_s) * a_step, launched_s * a_step, wide / steps)
 
 
 def _wide_replays(engine: Engine) -> int:

@@ -455,14 +455,14 @@ def test_steps_of_an_engine_are_traced(tiny: None, tmp_path: Path, monkeypatch: 
     assert [title for title, _ in report.traces] == titles
     assert [found.costs.steps for _, found in report.traces] == [48, 6, 6]
     times = [(found.times, found.without) for _, found in report.traces]
-    assert all(mine is not None and 0 < mine.host_ms < mine.plain_ms for mine, _ in times)
+    assert all(mine is not None and 0 < mine.launch_ms < mine.host_ms < mine.plain_ms for mine, _ in times)
     assert [mine.wide > 0 for mine, _ in times if mine] == [False, True, True]
     assert [other is not None and not other.wide and other.host_ms > 0 for _, other in times] == [
         False,
         True,
         True,
     ]
-    assert "of the steps are recorded wide ones; if wide steps are not recorded it takes" in describe(
+    assert "of the steps are recorded wide ones; if wide steps are not recorded, for" in describe(
         report.traces[1][1], "x"
     )
     assert all(found.costs.kernels["gemm"].count == found.costs.steps for _, found in report.traces)
