@@ -32,6 +32,7 @@ from headrace.models.checkpoint import resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
+from headrace.progress import Stages
 from headrace.request import Request
 from headrace.start import Settings, choose_device, gather, load_tokenizer, start
 from headrace.text.tools import ToolChoice, ToolFormat, choose_format, structural_tag
@@ -68,10 +69,11 @@ class LLM:
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
         settings = Settings(self.config, path, device)
-        self.tokenizer = load_tokenizer(settings)
+        stages = Stages(self.config.progress)
+        self.tokenizer = load_tokenizer(settings, stages)
         self._ranks = gather(settings)
         try:
-            self.front = start(settings, self.tokenizer, self._ranks)
+            self.front = start(settings, self.tokenizer, self._ranks, stages)
         except BaseException as error:
             told = self._ranks.failed(error)
             if told is error:

@@ -32,7 +32,7 @@ from headrace.engine.adapters import Adapters, LoadedAdapter
 from headrace.engine.graphs import StepGraphs
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
-from headrace.engine.sizing import MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee
+from headrace.engine.sizing import FIRST_ROWS, MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee
 from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
@@ -42,6 +42,7 @@ from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
 from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
+from headrace.progress import Stages
 from headrace.ranks import ONE, Ranks, command
 from headrace.request import Finish, Logprob, PositionLogprobs, Request, State, check_record
 from headrace.sampling.logprobs import TopLogprobs
@@ -120,10 +121,14 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ONE,
         spellings: Callable[[], Sequence[bytes]] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. `ranks` are those
         among which the model's layers are divided. `spellings` gives the bytes of each token, for what has to know
-        them. Raises ConfigError or CapacityError."""
+        them. `stages` is told how long what takes. Raises ConfigError or CapacityError."""
+        stages = stages or Stages()
+        self.start_times_s = stages.seconds
+        """Seconds of each stage of the start, those before the engine included."""
         self.config = config
         self.ranks = ranks
         self.clock = clock
@@ -194,13 +199,15 @@ class Engine:
         self.upkeep = Upkeep(
             self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
         )
-        self.runner.warm_up()
+        with stages.stage("warm-up"):
+            self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
         if config.max_num_batched_tokens is None:
-            self.budget, self.step_times_s = measure_knee(
-                lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows
-            )
+            with stages.stage("row budget"):
+                self.budget, self.step_times_s = measure_knee(
+                    lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows, FIRST_ROWS[self.device.type]
+                )
         self.stats = EngineStats()
         limit_bytes = swap_space_bytes(config, self.device.type) // ranks.size
         self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
