@@ -14,7 +14,8 @@ import torch
 import torch.distributed
 
 from headrace.config import EngineConfig
-from headrace.engine.engine import Engine, check_ranks
+from headrace.engine.assembly import check_ranks
+from headrace.engine.engine import Engine
 from headrace.errors import ConfigError
 from headrace.front import TextFront
 from headrace.layers.adapters import AdapterBank
