@@ -133,7 +133,8 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         check_tables(config, wished_len, self.device)
-        parts = assemble(config, model, wished_len, ranks)
+        with stages.stage("parts"):
+            parts = assemble(config, model, wished_len, ranks)
         self.decoders, self.evictors = parts.decoders, parts.evictors
         self.codec, self.selector = parts.codec, parts.selector
         groups, state_groups = parts.groups, parts.state_groups
@@ -148,19 +149,20 @@ class Engine:
         self.table = RequestTable(
             config.max_num_seqs, self.max_model_len, [len(found) for found in parts.streams.values()], self.device
         )
-        self.cache = CacheManager(
-            groups,
-            n_pages=n_pages,
-            page_size=config.page_size,
-            max_reqs=config.max_num_seqs,
-            max_len=self.max_model_len,
-            device=self.device,
-            # A hit would need the states at its end, and none are kept.
-            prefix_caching=config.enable_prefix_caching and not state_groups,
-            namespace=f"{[stream.model.config for stream in parts.streams]!r} {self.dtype} page {config.page_size} "
-            f"codec {config.codec}",
-            ranks=ranks,
-        )
+        with stages.stage("cache"):
+            self.cache = CacheManager(
+                groups,
+                n_pages=n_pages,
+                page_size=config.page_size,
+                max_reqs=config.max_num_seqs,
+                max_len=self.max_model_len,
+                device=self.device,
+                # A hit would need the states at its end, and none are kept.
+                prefix_caching=config.enable_prefix_caching and not state_groups,
+                namespace=f"{[stream.model.config for stream in parts.streams]!r} {self.dtype} page {config.page_size} "
+                f"codec {config.codec}",
+                ranks=ranks,
+            )
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
         self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
@@ -192,7 +194,8 @@ class Engine:
         limit_bytes = swap_space_bytes(config, self.device.type) // ranks.size
         self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
         row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
-        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
+        with stages.stage("trial copy"):
+            self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}

@@ -35,6 +35,7 @@ from headrace.models.registry import build_model, read_config
 place = Placement(torch.device("meta"), torch.bfloat16)
 build_model(read_config(BUNDLED_MODEL), max_model_len=None, place=place).tensors()
 """
+STAGES = ["tokenizer", "outline", "weights", "parts", "cache", "warm-up", "row budget", "trial copy"]
 RUN = """
 from headrace import LLM, SamplingParams
 LLM(num_pages=64, max_num_batched_tokens=16).generate("a", SamplingParams(max_tokens=1))
@@ -55,7 +56,7 @@ def test_nothing_heavy_is_imported_that_is_not_needed(code: str, heavy: list[str
 
 def test_an_engine_says_how_long_its_start_took(capsys: pytest.CaptureFixture[str]) -> None:
     llm = LLM(num_pages=64)
-    assert list(llm.engine.start_times_s) == ["tokenizer", "outline", "weights", "warm-up", "row budget"]
+    assert list(llm.engine.start_times_s) == STAGES
     assert all(seconds > 0 for seconds in llm.engine.start_times_s.values())
     assert "headrace:" not in capsys.readouterr().err  # it is no terminal
 
