@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.gpu_replay import replay_us
-from headrace.kernels.gpu_sizes import processors, shared_bytes
+from headrace.kernels.gpu_sizes import apart, processors, shared_bytes
 from headrace.kernels.project import gpu
 from headrace.kernels.project.gpu_shape import Shape, block_rows
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
@@ -113,17 +112,6 @@ def make_work(case: Case, rows: int, device: torch.device, weights: Sequence[Ten
     return Work(case, x, y, (torch.randn(case.inputs, **options), EPS), weights)
 
 
-@contextmanager
-def no_overlap() -> Iterator[None]:
-    """Launches wait for the one before them."""
-    overlaps = gpu.overlaps
-    gpu.overlaps = lambda device: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        gpu.overlaps = overlaps
-
-
 def describe(shape: Shape) -> str:
     """A cut in one word."""
     form = "row" if shape.is_row else "tile"
@@ -147,7 +135,7 @@ def benchmark(
             work = make_work(MODELS[model][name], n, torch.device("cuda"), weights)
             weights = work.weights
             us = work.us(work.fused, seconds)
-            with no_overlap():
+            with apart():
                 apart_us = work.us(work.fused, seconds)
             composed_us = work.us(work.composed, seconds)
             row = {
@@ -194,7 +182,7 @@ def benchmark_chain(
                     x.addmm_(silu_mul_gpu(F.linear(rms_norm_gpu(x, norm, EPS), gate_up)), down.t())
 
             us = replay_us(fused, seconds) / layers
-            with no_overlap():
+            with apart():
                 apart_us = replay_us(fused, seconds) / layers
             row = {
                 "model": model,
