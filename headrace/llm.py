@@ -64,12 +64,13 @@ class LLM:
         if model is None and options.get("draft_model") is None and "draft_model" in str(options.get("decoder")):
             options = {**options, "draft_model": str(BUNDLED_DRAFT)}  # the bundled model brings its drafter
         self.config = EngineConfig(model=cast("str | None", model), **options)
-        device = choose_device(self.config.device)
+        stages = Stages(self.config.progress)
+        with stages.stage("device"):
+            device = choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
         settings = Settings(self.config, path, device)
-        stages = Stages(self.config.progress)
         self.tokenizer = load_tokenizer(settings, stages)
         self._ranks = gather(settings)
         try:

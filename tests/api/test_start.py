@@ -35,7 +35,7 @@ from headrace.models.registry import build_model, read_config
 place = Placement(torch.device("meta"), torch.bfloat16)
 build_model(read_config(BUNDLED_MODEL), max_model_len=None, place=place).tensors()
 """
-STAGES = ["tokenizer", "outline", "weights", "parts", "cache", "warm-up", "row budget", "trial copy"]
+STAGES = ["device", "tokenizer", "outline", "weights", "parts", "cache", "warm-up", "row budget", "trial copy"]
 RUN = """
 from headrace import LLM, SamplingParams
 LLM(num_pages=64, max_num_batched_tokens=16).generate("a", SamplingParams(max_tokens=1))
