@@ -57,6 +57,9 @@ def stream_tensors(
     """
     device = next(iter(places.values()))[0].device
     readers = (READERS if device.type == "cuda" else 0) if readers is None else readers
+    if readers and device.type == "cuda":
+        # Readers have queues of their own, and the memory of a parameter may have held what a kernel still reads.
+        torch.cuda.synchronize(device)
     stagings: SimpleQueue[_Staging] = SimpleQueue()
     for _ in range(readers):
         stagings.put(_Staging(device))
