@@ -22,7 +22,7 @@ from headrace.layers.placement import Pieces
 
 READERS = 8
 """Threads that read for a GPU."""
-STAGING_BYTES = 2**25
+STAGING_BYTES = 2**24
 """Pinned memory of each."""
 
 
