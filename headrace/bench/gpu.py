@@ -348,7 +348,12 @@ def _start(path: Path, device: str, cache: str) -> tuple[float, str]:
         "engine": marks["built_s"] - marks["imported_s"],
         "token": marks["token_s"] - marks["built_s"],
     }
-    return marks["token_s"] - start_s, ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
+    within = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in marks["stages"].items() if seconds >= 0.05)
+    stages_note = ", ".join(
+        f"{stage} {seconds:.1f} s" + (f" ({within})" if stage == "engine" and within else "")
+        for stage, seconds in stages.items()
+    )
+    return marks["token_s"] - start_s, stages_note
 
 
 # Traces

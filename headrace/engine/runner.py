@@ -41,6 +41,10 @@ SCORE_CHUNK = 512
 """Scored rows whose logits are held at once: a long prompt over a large vocabulary would not fit."""
 
 
+LONG_STEP_S = 0.03
+"""A step that takes longer is timed well enough by two tries."""
+
+
 class Granted(NamedTuple):
     """A request and its rows in this step."""
 
@@ -677,7 +681,10 @@ class Runner:
 
     @torch.inference_mode()
     def time_step(self, n_rows: int, repeats: int = 2) -> float:
-        """Seconds of one pass over `n_rows` ghost rows and one output row: the best of 1 + `repeats` tries."""
+        """Seconds of one pass over `n_rows` ghost rows and one output row: the best of 1 + `repeats` tries.
+
+        The first try also loads what the step needs; where one takes long, it is repeated once only.
+        """
         self._built = None  # its borders are overwritten here
         rows = self.rows.first(n_rows, 1)
         rows.clear(self.table.ghost)
@@ -692,7 +699,9 @@ class Runner:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._tick(clock)
-            best = min(best, clock[1] - clock[0])
+            first, best = best, min(best, clock[1] - clock[0])
+            if first < float("inf") and best > LONG_STEP_S:
+                break
         return best
 
 

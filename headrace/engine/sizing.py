@@ -26,15 +26,17 @@ KNEE_SHARE = 0.95
 SLOWEST_STEP_S = 0.25
 """Larger steps are not even measured: streams would stutter."""
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
+FIRST_ROWS = {"cpu": 16, "cuda": 256}
+"""The narrowest step that is measured: on a GPU one of fewer rows takes as long."""
 
 
-def measure_knee(time_step: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
+def measure_knee(time_step: Callable[[int], float], most: int, first: int = 16) -> tuple[int, dict[int, float]]:
     """The row budget at the knee of rows per second, and the measured seconds by number of rows.
 
-    `time_step(rows)` gives the seconds of one step. Doubles the rows until a step gets too slow.
+    `time_step(rows)` gives the seconds of one step. Doubles the rows, from `first` on, until a step gets too slow.
     """
     measured: dict[int, float] = {}
-    rows = min(16, most)
+    rows = min(first, most)
     while True:
         measured[rows] = time_step(rows)
         if rows >= most or 2 * measured[rows] > SLOWEST_STEP_S:

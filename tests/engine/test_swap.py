@@ -690,7 +690,7 @@ def test_tokens_are_those_of_the_request_alone(
     loaded = ",".join(["full", *KINDS])
     count_sharing(monkeypatch, events)
 
-    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(60, fewer=60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(0, 2**32))
     def run(seed: int) -> None:
         rng = random.Random(seed)

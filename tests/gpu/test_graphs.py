@@ -27,7 +27,7 @@ class Unrecorded(StepGraphs):
 
 
 def tiny_requests(**options: Any) -> tuple[Engine, list[list[int]]]:
-    model = tiny_model("float64", 0).cuda()
+    model = tiny_model(device="cuda")
     engine = Engine(EngineConfig(num_pages=400, page_size=4, max_num_seqs=8, **options), model, eos_ids=[3])
     requests = []
     for i in range(14):

@@ -7,18 +7,20 @@ computes one layer. `reference.py` is the definition; on the CPU `cpu.py` does t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from headrace.kernels.attention import cpu, gpu, reference
-from headrace.kernels.attention.cpu import CpuPlan
+from headrace.kernels.attention import gpu, reference
 from headrace.kernels.attention.gpu import GpuPlan
 from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
 from headrace.kernels.attention.squares import Chain
 from headrace.step import NONE
 
-AttentionPlan = CpuPlan | GpuPlan | ReferencePlan
+if TYPE_CHECKING:
+    from headrace.kernels.attention.cpu import CpuPlan
+
+AttentionPlan: TypeAlias = "CpuPlan | GpuPlan | ReferencePlan"
 
 __all__ = ["NONE", "AttentionPlan", "AttentionRows", "Chain", "Span", "attend", "plan_attention", "write_kv"]
 
@@ -47,6 +49,8 @@ def plan_attention(
             way. Not for a step that is recorded and replayed with other sizes.
     """
     if kv_len_B.device.type == "cpu":
+        from headrace.kernels.attention import cpu  # numba is loaded where it is used
+
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
     if kv_len_B.device.type == "cuda":
         return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, chains)
@@ -99,8 +103,16 @@ def attend(
     """
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
-    form: Any = {CpuPlan: cpu.attend, GpuPlan: gpu.attend, ReferencePlan: reference.attend}[type(plan)]
-    extra = {"own": own, "out_RHD": out_RHD} if isinstance(plan, GpuPlan) else {}
+    form: Any
+    extra = {}
+    if isinstance(plan, GpuPlan):
+        form, extra = gpu.attend, {"own": own, "out_RHD": out_RHD}
+    elif isinstance(plan, ReferencePlan):
+        form = reference.attend
+    else:
+        from headrace.kernels.attention import cpu
+
+        form = cpu.attend
     result: tuple[Tensor, Tensor | None] = form(
         q_RHD,
         rows,
@@ -124,5 +136,9 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
 
     `place_R` is int64 [R], page * S + offset in [0, P * S); rows that must leave no trace go to page 0.
     """
-    form = {"cpu": cpu.write_kv, "cuda": gpu.write_kv}.get(k_pool_KPSD.device.type, reference.write_kv)
+    form = {"cuda": gpu.write_kv}.get(k_pool_KPSD.device.type, reference.write_kv)
+    if k_pool_KPSD.device.type == "cpu":
+        from headrace.kernels.attention import cpu
+
+        form = cpu.write_kv
     form(k_RKD, v_RKD, k_pool_KPSD, v_pool_KPSD, place_R)
