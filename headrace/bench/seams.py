@@ -132,6 +132,7 @@ class Loop:
             torch.arange(count + 1, dtype=torch.int32, device=device),
             self.reqs_B.int(),
             joined=True,
+            few=True,
         )
         table = self.table
         self.params = DrawParams(*(x[self.reqs_B] for x in (table.temperature, table.top_k, table.top_p, table.min_p)))

@@ -25,7 +25,7 @@ from headrace.engine.commit import apply_commit, join, moves
 from headrace.engine.graphs import BUCKETS, StepGraphs, ghost_grants
 from headrace.engine.pieces import Call, PieceContext, Shape, StepPieces
 from headrace.kernels.advance import Advanced
-from headrace.kernels.attention import AttentionRows, Chain
+from headrace.kernels.attention import FEW_ROWS, AttentionRows, Chain
 from headrace.kernels.draw import Drawn, DrawParams, draw
 from headrace.kernels.draw_rows import DrawTables, draw_rows
 from headrace.kernels.report import Priced, report
@@ -175,6 +175,7 @@ class _Context:
         spans: Sequence[Span] | None,
         granted: Sequence[Granted] = (),
         joined: bool = False,
+        few: bool = False,
     ) -> None:
         self._cache = runner.cache
         self._first_layer, self._form = stream.first_layer, stream.form
@@ -182,7 +183,7 @@ class _Context:
         self.states = runner.states.step(rows.reqs, rows.row_ptr)
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
-        masks: dict[str, Any] = {"joined": joined}
+        masks: dict[str, Any] = {"joined": joined, "few": few}
         if runner.has_trees and not joined:
             masks |= {"bits_R": rows.bits, "words_W": rows.words.flatten()}
         columns = rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs
@@ -360,7 +361,8 @@ class Runner:
         adapted = self._adapted(granted)
         # What is recorded changes the linear maps that some loaded adapter changes.
         changed = self.model.adapters.pattern if adapted and self.model.adapters else None
-        key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts), changed
+        host = any(prompts), _has_few_rows(granted), changed
+        key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), *host
         is_wide = sum(grants) > BUCKETS[-1]
         if not self.graphs.wants(key, is_wide):
             return None
@@ -400,7 +402,8 @@ class Runner:
         for decoder, seg in segments:
             decoder.plan(seg)
         outs = self._outs(granted, rows, segments)
-        context = _Context(self, self.target, rows, spans, granted, all(_is_causal(decoder) for decoder, _ in segments))
+        joined = all(_is_causal(decoder) for decoder, _ in segments)
+        context = _Context(self, self.target, rows, spans, granted, joined, _has_few_rows(granted))
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
@@ -694,7 +697,9 @@ class Runner:
         for _ in range(1 + repeats):
             clock = [time.perf_counter()]
             joined = all(map(_is_causal, self.decoders.values()))
-            hidden_RE = self.model(rows.tok, _Context(self, self.target, rows, [(0, n_rows, 1)], joined=joined))
+            few = n_rows < FEW_ROWS
+            context = _Context(self, self.target, rows, [(0, n_rows, 1)], joined=joined, few=few)
+            hidden_RE = self.model(rows.tok, context)
             self.model.logits(hidden_RE[:1])
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -708,6 +713,11 @@ class Runner:
 def _is_causal(decoder: Decoder) -> bool:
     """Whether each of its rows sees all slots up to its own, and no others."""
     return decoder.causal and not decoder.tree
+
+
+def _has_few_rows(granted: Sequence[Granted]) -> bool:
+    """Whether no request of the step counts as a prompt for attention."""
+    return all(g.rows < FEW_ROWS for g in granted)
 
 
 def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:

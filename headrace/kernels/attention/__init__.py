@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.kernels.attention import gpu, reference
 from headrace.kernels.attention.gpu import GpuPlan
-from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
+from headrace.kernels.attention.reference import FEW_ROWS, AttentionRows, ReferencePlan, Span
 from headrace.kernels.attention.squares import Chain
 from headrace.step import NONE
 
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 AttentionPlan: TypeAlias = "CpuPlan | GpuPlan | ReferencePlan"
 
-__all__ = ["NONE", "AttentionPlan", "AttentionRows", "Chain", "Span", "attend", "plan_attention", "write_kv"]
+__all__ = [
+    "FEW_ROWS",
+    "NONE",
+    "AttentionPlan",
+    "AttentionRows",
+    "Chain",
+    "Span",
+    "attend",
+    "plan_attention",
+    "write_kv",
+]
 
 
 def plan_attention(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.attention import AttentionRows, gpu
+from headrace.kernels.attention import FEW_ROWS, AttentionRows, gpu
 from headrace.kernels.attention.gpu_shape import Heads
 from headrace.kernels.gpu_replay import replay_us
 
@@ -79,7 +79,9 @@ def make_step(
     zero_R = torch.zeros_like(k_R)
     ptr_B1 = torch.arange(0, n_reqs * n_rows + 1, n_rows, **ints)
     reqs_B = torch.arange(n_reqs, **ints)
-    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True)
+    rows = AttentionRows(
+        req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True, few=n_rows < FEW_ROWS
+    )
     slot_R = (committed + k_R).long()
     place_R = page_table_BP[req_R.long(), slot_R // page_size].long() * page_size + slot_R % page_size
     shape = (kv_heads, n_pages, page_size, size)
