@@ -73,6 +73,7 @@ def attend(
     lens: Sequence[tuple[int, int, int]] | None = None,
     plan: AttentionPlan | None = None,
     own: tuple[Tensor, Tensor] | None = None,
+    out_RHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all rows of a step in one layer.
 
@@ -90,6 +91,7 @@ def attend(
         lens: see `plan_attention`; read only without a plan.
         plan: the step's plan.
         own: keys [R, K, D] and values [R, K, Dv] of the rows, as they were written; needed to make use of `chains`.
+        out_RHD: where a GPU may put the result, contiguous; what is returned may be another tensor all the same.
 
     Returns:
         out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
@@ -104,7 +106,7 @@ def attend(
     form: Any
     extra = {}
     if isinstance(plan, GpuPlan):
-        form, extra = gpu.attend, {"own": own}
+        form, extra = gpu.attend, {"own": own, "out_RHD": out_RHD}
     elif isinstance(plan, ReferencePlan):
         form = reference.attend
     else:
