@@ -153,7 +153,8 @@ class Engine:
         records = config.cuda_graphs and self.device.type == "cuda"
         arena_bytes, kept_bytes = 0, 0
         if records and not state_groups:
-            arena_bytes, kept_bytes = pieces_bytes(model, most_rows, parts.target.form.turns)
+            with stages.stage("recorded memory"):
+                arena_bytes, kept_bytes = pieces_bytes(model, most_rows, parts.target.form.turns)
         n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks, kept_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
