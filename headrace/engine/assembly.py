@@ -42,6 +42,11 @@ class Parts:
     """Fixed states of the model that decodes."""
 
     @property
+    def target(self) -> Stream:
+        """The model that decodes."""
+        return next(iter(self.streams))
+
+    @property
     def groups(self) -> list[CacheGroup]:
         """Of all models."""
         return [group for found in self.streams.values() for group in found]

@@ -154,7 +154,7 @@ class Engine:
         arena_bytes, kept_bytes = 0, 0
         if records and not state_groups:
             with stages.stage("recorded memory"):
-                arena_bytes, kept_bytes = pieces_bytes(model, most_rows, next(iter(parts.streams)).form.turns)
+                arena_bytes, kept_bytes = pieces_bytes(model, most_rows, parts.target.form.turns)
         n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks, kept_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()

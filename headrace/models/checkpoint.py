@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -128,7 +128,7 @@ def load_model(
                     f"values of {_list(overflow)} do not fit into {kind}: use dtype='bfloat16' or 'float32'"
                 )
         else:
-            fill_random(model, seed)
+            fill_random(model, seed, advance)
         with torch.no_grad():
             model.finish_loading()
         if device.type == "cuda":
@@ -425,8 +425,8 @@ def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
     return torch.finfo(target).max < 0.99 * torch.finfo(source).max
 
 
-def fill_random(model: CausalLM, seed: int) -> None:
-    """Fill a model from a seed: normal with standard deviation 0.02, norms 1.
+def fill_random(model: CausalLM, seed: int, advance: Callable[[int], None]) -> None:
+    """Fill a model from a seed: normal with standard deviation 0.02, norms 1. `advance` is told the bytes that are.
 
     A tensor's values depend on seed, device type and its place in the model's list of tensors, not on the model's
     type: they are drawn in float32 and rounded.
@@ -444,3 +444,4 @@ def fill_random(model: CausalLM, seed: int) -> None:
         where = views.where if isinstance(views, Pieces) else [()] * len(views)
         for view, slices in zip(views, where, strict=True):
             view.copy_(values[slices])
+        advance(sum(view.numel() * view.itemsize for view in views))

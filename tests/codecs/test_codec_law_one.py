@@ -18,7 +18,8 @@ import tenants
 from coders import alone_of, coded_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, cut, examples
+from tiny import VOCAB, cut
+from tiny import most_examples as examples
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams
@@ -86,7 +87,7 @@ def test_tokens_are_those_of_the_request_alone(codec: str, events: Counter[str])
     if evictors != "full":
         events["compaction"] = 0
 
-    @settings(max_examples=examples(60, fewer=40), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         arrivals=st.lists(arrival(evictors.split(",")), min_size=3, max_size=7),
         budget=st.sampled_from([1, 7, 64, 10**6]),

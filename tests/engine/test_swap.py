@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from masked import random_model, window_model
 from safetensors.torch import save_file
-from tiny import CONFIG, DEVICE, VOCAB, examples, make_engine, run_all, tiny_model
+from tiny import CONFIG, DEVICE, VOCAB, make_engine, run_all, tiny_model
+from tiny import most_examples as examples
 from torch import Tensor
 from toy import toy
 
@@ -690,7 +691,7 @@ def test_tokens_are_those_of_the_request_alone(
     loaded = ",".join(["full", *KINDS])
     count_sharing(monkeypatch, events)
 
-    @settings(max_examples=examples(60, fewer=60), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(0, 2**32))
     def run(seed: int) -> None:
         rng = random.Random(seed)
