@@ -44,7 +44,7 @@ class EngineConfig:
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     max_num_seqs: int = option(256, "most requests that hold cache at once")
     max_num_batched_tokens: int | None = option(
-        None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
+        None, "rows (tokens) evaluated a step; if not given, chosen by measured step times"
     )
     adapters: str | Mapping[str, str] | None = option(
         None,

@@ -33,13 +33,13 @@ from headrace.engine.pieces import StepPieces
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport
 from headrace.engine.sizing import (
-    FIRST_ROWS,
     MAX_ROWS,
     check_tables,
     choose_pages,
     fit_length,
     measure_knee,
     pieces_bytes,
+    widest_budget,
 )
 from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
@@ -206,13 +206,15 @@ class Engine:
         self.budget = most_rows
         if config.max_num_batched_tokens is None:
             with stages.stage("row budget"):
-                self.budget, self.step_times_s = measure_knee(
-                    lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows, FIRST_ROWS[self.device.type]
+                choose = widest_budget if self.device.type == "cuda" else measure_knee
+                self.budget, self.step_times_s = choose(
+                    lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows
                 )
         self.stats = EngineStats()
         limit_bytes = swap_space_bytes(config, self.device.type) // ranks.size
         self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
-        row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
+        timed = min(self.budget, max(self.step_times_s, default=0))
+        row_s = self.step_times_s[timed] / timed if timed else None
         with stages.stage("trial copy"):
             self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
         self.on_token: TokenHook | None = None
