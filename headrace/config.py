@@ -97,6 +97,11 @@ class EngineConfig:
         "recomputed; 0: none are made; if not given, 4 on a GPU and 0.5 on the CPU",
     )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
+    parity: bool = option(
+        False,
+        "sum in fixed orders, so that a result is the same bit for bit whatever runs beside it; slower, and not for "
+        "every model and option",
+    )
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from headrace.cache.manager import CacheGroup, CacheManager, group_layers
 from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
 from headrace.cache.swap import SwapSpace
@@ -56,6 +58,12 @@ log = logging.getLogger("headrace")
 
 PLAIN = next(iter(DECODERS)).name
 """The decoder that every engine has: the first one registered."""
+
+PARITY_TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""By device the types for which all kernels of a model have a fixed order of sums."""
 
 DIGESTED_TOKENS = 8
 """Newest tokens of each request that ranks compare behind a step."""
@@ -143,6 +151,8 @@ class Engine:
         self.selector = load_selector(config, model.layer_states())
         check_cache_parts(config, self.codec, self.selector, self.evictors)
         check_ranks(ranks.size, config, model.layer_states(), self.selector)
+        if config.parity:
+            check_parity(config, model, self._form(), self.evictors, self.decoders)
         codecs = [self.codec, *(own_codec for _ in own_models)]
         # Decoders' own models keep and read everything.
         forms = [self._form(), *(own_codec.form(self.device) for _ in own_models)]
@@ -173,7 +183,7 @@ class Engine:
             # A hit would need the states at its end, and none are kept.
             prefix_caching=config.enable_prefix_caching and not state_groups,
             namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size} "
-            f"codec {config.codec}",
+            f"codec {config.codec}{' parity' * config.parity}",
             ranks=ranks,
         )
         if config.enable_prefix_caching and state_groups:
@@ -1049,6 +1059,48 @@ def check_ranks(size: int, config: EngineConfig, states: Sequence[LayerState], s
         raise ConfigError(
             f"tensor_parallel_size is {size}, and the model has layers with fixed states, which are not divided: use "
             "tensor_parallel_size=1"
+        )
+
+
+def check_parity(
+    config: EngineConfig,
+    model: CausalLM,
+    form: Form,
+    evictors: Mapping[str, Evictor],
+    decoders: Mapping[str, Decoder],
+) -> None:
+    """Raise ConfigError for parts whose results may follow from the other rows of a step."""
+    place = next(model.parameters())
+    types = PARITY_TYPES[place.device.type]
+    if not model.parity:
+        raise ConfigError(
+            "parity=True, and the model was built without: load it with load_model(..., parity=True), as LLM does"
+        )
+    if place.dtype not in types:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
+        raise ConfigError(
+            f"parity=True, and the model is in {str(place.dtype).removeprefix('torch.')}: on {place.device.type} the "
+            f"order of sums is fixed for {known}; choose another dtype, or leave parity out"
+        )
+    if any(state.kind == "fixed" for state in model.layer_states()):
+        raise ConfigError(
+            "parity=True, and the model has layers with fixed states, whose order of sums is not fixed: leave parity "
+            "out, or use another model"
+        )
+    if not form.parity:
+        raise ConfigError(
+            f"parity=True, and with codec={config.codec!r}, selector={config.selector!r} attention reads another table "
+            "in every step, so its order of sums is not fixed: leave out codec and selector, or parity"
+        )
+    for name in (name for name, evictor in evictors.items() if evictor.evicts):
+        raise ConfigError(
+            f"parity=True, and evictor={name!r} chooses slots by sums whose order is not fixed: leave one of the "
+            "two out"
+        )
+    for name in (name for name, decoder in decoders.items() if decoder.tree):
+        raise ConfigError(
+            f"parity=True, and decoder={name!r} evaluates trees, whose tokens lie in other slots than those of "
+            "a chain: leave one of the two out"
         )
 
 

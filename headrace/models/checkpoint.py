@@ -70,6 +70,7 @@ def load_model(
     adapters: AdapterBank | None = None,
     quantization: Quantization | None = None,
     ranks: Ranks = ONE,
+    parity: bool = False,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -87,6 +88,7 @@ def load_model(
         quantization: a form of weights for a dense checkpoint, of tools that look at products.
         ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
             same model on any number of ranks.
+        parity: each row's bits are a function of that row and of what it sees; see `EngineConfig.parity`.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -120,6 +122,7 @@ def load_model(
             f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
         )
     place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, config.quantization, ranks)
+    place = place._replace(parity=parity)
     _check_memory(config, max_model_len, place)
     model = build_model(config, max_model_len=max_model_len, place=place)
     model.adapters = adapters

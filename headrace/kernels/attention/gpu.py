@@ -17,6 +17,7 @@ from headrace.kernels.attention.gpu_shape import (
     Heads,
     Shape,
     choose_shape,
+    fixed_shape,
     padded,
     parts_of_group,
     rows_beside_prompts,
@@ -41,10 +42,12 @@ class GpuPlan:
         kv_len_B: Tensor,
         page_size: int,
         chains: Sequence[Chain] = (),
+        parity: bool = False,
     ) -> None:
         reference.check_bits(rows)
         self.rows, self.kv_len_B = rows, kv_len_B
-        self.squares = find_squares(chains)
+        self.parity = parity
+        self.squares = [] if parity else find_squares(chains)
         self._paged: GpuPlan | None = None
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
@@ -66,6 +69,8 @@ class GpuPlan:
         """The cut of the step for heads of one kind; see `gpu_shape.choose_shape`."""
         device = self.kv_len_B.device
         chip = Chip(processors(device), shared_bytes(device))
+        if self.parity:
+            return fixed_shape(self.n_rows, self.n_reqs, heads, chip)
         return choose_shape(self.n_rows, self.n_reqs, self.max_slots, heads, chip)
 
     def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> Tensor:
@@ -175,7 +180,7 @@ def attend(
         group, kv_heads = group // parts, parts
         kinds = kinds._replace(group=group, kv_heads=kv_heads)
     shape = plan.shape(kinds)
-    few = rows_beside_prompts(shape, plan.n_reqs, kinds)
+    few = None if plan.parity else rows_beside_prompts(shape, plan.n_reqs, kinds)
     is_split = shape.n_splits > 1
     (k_head, _), (v_head, v_slot) = pool_strides(k_pool_KPSD), pool_strides(v_pool_KPSD)
     part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
@@ -233,6 +238,8 @@ def attend(
             IS_SPLIT=cut.n_splits > 1,
             num_warps=cut.n_warps,
             num_stages=cut.n_stages,
+            # Blocks with and without a mask are compiled apart, and must not round a score in two ways.
+            enable_fp_fusion=not plan.parity,
         )
     if is_split:
         merge_splits[(n_rows * heads,)](

@@ -24,6 +24,10 @@ PROMPT_ROWS = 16
 QUERY_BYTES = 2**16
 """Bytes of the queries of a tile."""
 MAX_STAGES = 3
+PARITY_LINES = 64
+"""Lines of every tile in parity: the least that the matrix instruction of warp groups takes. Decode fills a few."""
+PARITY_SPLITS = 4
+"""Splits of every context in parity, a power of two."""
 SMALLEST_DOT = 16
 """Smallest side of a matrix product."""
 
@@ -95,6 +99,30 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
         n_splits=next_power(most + 1) // 2,
         n_warps=8 if wide else 4,
         n_stages=min(max(n_stages, 1), MAX_STAGES),
+    )
+
+
+def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip) -> Shape:
+    """The cut of a step in which a row's bits may not follow from the other rows.
+
+    One form of tile for one row as for thousands: lanes of sums and the kind of matrix instruction are then the same.
+    Blocks of slots begin at absolute multiples, and how they are dealt out to splits follows from no length.
+    """
+    usual = choose_shape(n_rows, n_reqs, 1, heads, chip)
+    has_room = heads.itemsize <= 2 and max(padded(heads.size), padded(heads.v_size)) <= 256
+    lines = PARITY_LINES if has_room else SMALLEST_DOT
+    block_m = max(lines, next_power(heads.group))
+    tile_rows = block_m // heads.group
+    widths = padded(heads.size) + padded(heads.v_size)
+    room = chip.shared_bytes // 2 - block_m * (padded(heads.size) * heads.itemsize + usual.block_n * 4)
+    return Shape(
+        tile_rows=tile_rows,
+        block_m=block_m,
+        block_n=usual.block_n,
+        n_tiles=n_rows // tile_rows + n_reqs + 1,
+        n_splits=PARITY_SPLITS,
+        n_warps=4,
+        n_stages=min(max(room // (usual.block_n * widths * heads.itemsize), 1), MAX_STAGES),
     )
 
 
