@@ -130,6 +130,7 @@ class Loop:
             zero_B + 1,
             torch.arange(count + 1, dtype=torch.int32, device=device),
             self.reqs_B.int(),
+            joined=True,
         )
         table = self.table
         self.params = DrawParams(*(x[self.reqs_B] for x in (table.temperature, table.top_k, table.top_p, table.min_p)))

@@ -319,6 +319,7 @@ class Selected(Form):
             number_X[:-1],
             None if rows.bits_R is None else rows.bits_R[row_X],
             rows.words_W,
+            rows.joined,
         )
         front_X = front_R[row_X]
         kept_X = front_X.clamp(max=self.selector.pages)

@@ -168,6 +168,7 @@ class _Context:
         rows: RowTable,
         spans: Sequence[Span] | None,
         granted: Sequence[Granted] = (),
+        joined: bool = False,
     ) -> None:
         self._cache = runner.cache
         self._first_layer, self._form = stream.first_layer, stream.form
@@ -175,8 +176,11 @@ class _Context:
         self.states = runner.states.step(rows.reqs, rows.row_ptr)
         self.pos_AR = rows.pos
         self.soft_SE = runner.soft_SE if stream is runner.target else None
-        masks = (rows.bits, rows.words.flatten()) if runner.has_trees else (None, None)
-        attention_rows = AttentionRows(rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs, *masks)
+        masks: dict[str, Any] = {"joined": joined}
+        if runner.has_trees and not joined:
+            masks |= {"bits_R": rows.bits, "words_W": rows.words.flatten()}
+        columns = rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs
+        attention_rows = AttentionRows(*columns, **masks)
         self._plans: dict[int, Any] = {}
         cache = runner.cache
         for g in stream.groups:
@@ -370,7 +374,7 @@ class Runner:
         for decoder, seg in segments:
             decoder.plan(seg)
         outs = self._outs(granted, rows, segments)
-        context = _Context(self, self.target, rows, spans, granted)
+        context = _Context(self, self.target, rows, spans, granted, all(_is_causal(decoder) for decoder, _ in segments))
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
@@ -427,8 +431,7 @@ class Runner:
         chains: list[Chain] = []
         first = 0
         for request, size, ahead, _ in granted:
-            decoder = self.decoders[request.decoder]
-            if size > 1 and decoder.causal and not decoder.tree:
+            if size > 1 and _is_causal(self.decoders[request.decoder]):
                 chains.append(Chain(first, size, request.slots(group) + ahead))
             first += size
         return chains
@@ -623,13 +626,19 @@ class Runner:
         best = float("inf")
         for _ in range(1 + repeats):
             clock = [time.perf_counter()]
-            hidden_RE = self.model(rows.tok, _Context(self, self.target, rows, [(0, n_rows, 1)]))
+            joined = all(map(_is_causal, self.decoders.values()))
+            hidden_RE = self.model(rows.tok, _Context(self, self.target, rows, [(0, n_rows, 1)], joined=joined))
             self.model.logits(hidden_RE[:1])
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._tick(clock)
             best = min(best, clock[1] - clock[0])
         return best
+
+
+def _is_causal(decoder: Decoder) -> bool:
+    """Whether each of its rows sees all slots up to its own, and no others."""
+    return decoder.causal and not decoder.tree
 
 
 def _borders(reqs: Sequence[int], grants: Sequence[int]) -> list[np.ndarray]:

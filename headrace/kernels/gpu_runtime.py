@@ -20,4 +20,15 @@ except ImportError as error:
         f"imported ({error}): install it (pip install triton), or run on the CPU with device='cpu'"
     ) from error
 
-__all__ = ["tl", "triton"]
+__all__ = ["begin", "tl", "triton"]
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """Let the next launch begin and wait for the one before: what a kernel launched with `launch_pdl` does first.
+
+    A kernel that waits for the launch before it has waited for all before that one, too.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -1,4 +1,4 @@
-"""Sizes of launches on a GPU."""
+"""What launches on a GPU depend on: sizes, and what the chip can do."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * 2**10
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 2**10
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin before the one before it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -34,10 +34,10 @@ from headrace.kernels.project_fp8 import gpu as project_fp8
 from headrace.kernels.project_int4 import gpu as project_int4
 from headrace.kernels.report import Priced
 from headrace.kernels.report.gpu import report_gpu
-from headrace.kernels.rms_norm.gpu import rms_norm_gpu
+from headrace.kernels.rms_norm import gpu as rms_norm
 from headrace.kernels.rotary.gpu import rotate_gpu_
-from headrace.kernels.silu_mul.gpu import silu_mul_gpu
-from headrace.kernels.turn.gpu import turn_gpu
+from headrace.kernels.silu_mul import gpu as silu_mul
+from headrace.kernels.turn import gpu as turn
 from headrace.kernels.walk import Drafts, Walks
 from headrace.kernels.walk.gpu import walk_gpu
 from headrace.step import RowTable, Turn
@@ -83,12 +83,15 @@ def ints(*shape: int) -> torch.Tensor:
 
 
 def launch_all() -> None:
+    # As on a chip that can: launches overlap.
+    for module in (gpu, project, rms_norm, silu_mul, turn):
+        module.overlaps = lambda device: True
     for dtype in (torch.float32, torch.bfloat16):
         for heads, width in ((1, 1), (8, 128), (1, 4096)):
-            rms_norm_gpu(torch.ones(3, heads, width, dtype=dtype), torch.ones(heads, width, dtype=dtype), 1e-6)
+            rms_norm.rms_norm_gpu(torch.ones(3, heads, width, dtype=dtype), torch.ones(heads, width, dtype=dtype), 1e-6)
             twice = torch.ones(3, 1, 2 * width, dtype=dtype)
             rotate_gpu_(torch.ones(3, heads, 2 * width, dtype=dtype), twice, twice)
-            silu_mul_gpu(torch.ones(3, 2 * width, dtype=dtype))
+            silu_mul.silu_mul_gpu(torch.ones(3, 2 * width, dtype=dtype))
     for rows, vocab, dtype, nth in ((1, 1, torch.float32, 1), (3, 5000, torch.bfloat16, ints(3))):
         filters = DrawParams(torch.ones(rows), ints(rows), torch.ones(rows), torch.zeros(rows))
         logits = torch.zeros(rows, vocab, dtype=dtype)
@@ -150,7 +153,6 @@ def launch_all() -> None:
 
 def project_all() -> None:
     """Products of few rows as on an H200, launches overlapping: each form with and without splits, norm, gate, bias."""
-    project.overlaps = lambda device: True
     project.processors = lambda device: 132
     for dtype, rows, outputs, inputs in (
         (torch.bfloat16, 1, 6144, 4096),
@@ -242,7 +244,7 @@ def turn_all() -> None:
                 table = torch.zeros(9, size // 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
                 work = Turn(qkv, heads, kv_heads, norm, table, table, ints(rows))
                 pools = [torch.zeros(kv_heads, 3, 16, size, dtype=dtype) for _ in "kv"]
-                turn_gpu(work, *pools, torch.zeros(rows, dtype=torch.int64))
+                turn.turn_gpu(work, *pools, torch.zeros(rows, dtype=torch.int64))
 
 
 def attend_once(
@@ -271,8 +273,9 @@ def attend_once(
     options: Any = {"window": 100, "softcap": 30.0, "sinks_H": empty(heads, kind=dtype), "need_lse": True}
     q_RHD = empty(n_rows, heads, size, kind=dtype)
     tables = empty(n_reqs + 1, 2048), empty(n_reqs + 1)
-    plan = gpu.GpuPlan(rows, *tables, 16, parity=parity)
-    gpu.attend(q_RHD, rows, *pools, *tables, scale=0.1, plan=plan, **(options if full else {}))
+    for seen in (rows, rows._replace(bits_R=None, words_W=None, joined=True)):
+        plan = gpu.GpuPlan(seen, *tables, 16, parity=parity)
+        gpu.attend(q_RHD, seen, *pools, *tables, scale=0.1, plan=plan, **(options if full else {}))
     k_RKD = q_RHD[:, :kv_heads]
     gpu.write_kv(k_RKD, k_RKD[..., :v_size], *pools, empty(n_rows, kind=torch.int64))
 

@@ -262,7 +262,11 @@ def by_loops(case: Case) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float64,), largest: int = 40, masks: bool = False
+    draw: st.DrawFn,
+    dtypes: Sequence[torch.dtype] = (torch.float64,),
+    largest: int = 40,
+    masks: bool = False,
+    kinds: Sequence[str] = ("causal", "causal", "block", "empty", "own only", "any", "any"),
 ) -> Case:
     requests = draw(st.integers(1, 4))
 
@@ -286,11 +290,7 @@ def cases(
             st.integers(0, largest) if largest < 100 else st.sampled_from([0, 5, 63, 64, 130, 256, 300, 700])
         ),
         kinds=each(
-            st.sampled_from(
-                ["causal", "block", "empty", "own only", "any", "any", "tree", "tree"]
-                if masks
-                else ["causal", "causal", "block", "empty", "own only", "any", "any"]
-            )
+            st.sampled_from(["causal", "block", "empty", "own only", "any", "any", "tree", "tree"] if masks else kinds)
         ),
         masks=each(st.sampled_from(["none", "some rows", "all rows"])) if masks else None,
         ghosts=draw(st.sampled_from([0, 0, 1, 10])),
@@ -710,7 +710,7 @@ def test_bits_depend_on_the_request_alone(events: Counter[str], masks: bool) -> 
     rng = np.random.default_rng(0)
     threads = torch.get_num_threads()
 
-    @settings(PROFILE, max_examples=60)
+    @settings(PROFILE, max_examples=90)
     @given(case=cases(dtypes=tuple(TOLERANCE), largest=700, masks=masks))
     def check(case: Case) -> None:
         expected = bits(case.run(plan=case.plan(NEVER, case.lens)))

@@ -52,6 +52,7 @@ def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to four splits wherever there are as many blocks of 16 slots, on any device."""
     monkeypatch.setattr(gpu_shape, "PROGRAMS_A_PROCESSOR", 2**16)
     monkeypatch.setattr(gpu_shape, "MIN_SPLIT_SLOTS", 16)
+    monkeypatch.setattr(gpu_shape, "LEAST_SLOTS", 16)
     monkeypatch.setattr(gpu_shape, "MAX_BLOCK_N", 16)
     monkeypatch.setattr(gpu_shape, "MAX_SPLITS", 4)
 
@@ -67,7 +68,7 @@ def on(case: Case, device: torch.device) -> Case:
 
     fields = "q_RHD", "k_KPSD", "v_KPSD", "page_table_BP", "kv_len_B"
     moved: dict[str, Any] = {name: move(getattr(case, name)) for name in fields}
-    columns: Any = map(move, case.rows)
+    columns: Any = [move(x) if isinstance(x, Tensor) else x for x in case.rows]
     options = {name: move(x) if isinstance(x, Tensor) else x for name, x in case.options.items()}
     return replace(case, **moved, rows=AttentionRows(*columns), options=options)
 
@@ -136,6 +137,33 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
+JOINED: dict[str, Any] = {
+    "counts": (1, 3, 1, 1, 2, 1),
+    "committed": (0, 150, 40, 17, 3, 90),
+    "kinds": ("causal", "causal", "block", "causal", "block", "empty"),
+}
+"""Few rows a request, each of which sees one run of slots."""
+FEW: dict[str, dict[str, Any]] = {
+    "four heads a group": {"group": 4, "size": 64, "page_size": 16, **JOINED},
+    "one head a group": {"group": 1, "size": 16, "page_size": 4, **JOINED},
+    "seven heads a group": {"group": 7, "size": 16, "page_size": 4, "kv_heads": 1, **JOINED},
+    "values of another size": {"group": 2, "size": 16, "v_size": 80, "page_size": 4, **JOINED},
+    "window": {"group": 2, "size": 16, "page_size": 4, "window": 30, **JOINED},
+    "softcap": {"group": 2, "size": 16, "page_size": 4, "softcap": 1.5, **JOINED},
+    "sinks": {"group": 2, "size": 16, "page_size": 4, "sinks": True, **JOINED},
+    "all at once": {"group": 2, "size": 16, "page_size": 4, "window": 9, "softcap": 2.0, "sinks": True, **JOINED},
+    "latents": {"group": 40, "kv_heads": 1, "size": 600, "v_size": 512, "page_size": 4, "sinks": True, **JOINED},
+    "ghosts": {"group": 2, "size": 16, "page_size": 4, "ghosts": 5, "ghost_tail": 1, **JOINED},
+    "beside prompts": {
+        "group": 4,
+        "size": 16,
+        "page_size": 4,
+        **JOINED,
+        "counts": (100, 3, 1, 70, 2, 1),
+    },
+}
+
+
 # The interpreter takes a second a case: each is run in float32 and, in turn, in one of the short types.
 SHORT = [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(GRID)]
 IN_SPLITS = {
@@ -158,6 +186,43 @@ def test_gpu_in_splits_is_the_reference(name: str, dtype: torch.dtype, device: t
     case = make_case(len(name) + 1, dtype=dtype, **GRID[name])
     assert shape_of(case).n_splits == 4
     check(case, device)
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["one program", "splits"])
+@pytest.mark.parametrize(("i", "name"), list(enumerate(FEW)), ids=str)
+def test_few_rows_are_the_reference(
+    i: int,
+    name: str,
+    splits: bool,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if splits:
+        request.getfixturevalue("many_splits")
+    cuts = []
+    launch = gpu._attend_few
+
+    def watched(work: Any, cut: gpu_shape.Shape, *tiles: Any) -> None:
+        cuts.append(cut)
+        launch(work, cut, *tiles)
+
+    monkeypatch.setattr(gpu, "_attend_few", watched)
+    for dtype in (torch.float32, (torch.bfloat16, torch.float16)[i % 2]):
+        case = make_case(i, dtype=dtype, **FEW[name])
+        check(replace(case, rows=case.rows._replace(joined=True)), device)
+    # Exact float32 has no wider tiles for prompts.
+    assert [cut.n_splits > 1 for cut in cuts] == [splits] * (1 if name == "beside prompts" else 2)
+
+
+def test_few_rows_are_found(device: torch.device) -> None:
+    """What the tiles of few rows leave in the counters and in a second layer."""
+    case = on(make_case(3, dtype=torch.float32, group=2, size=16, page_size=4, **JOINED), device)
+    case = replace(case, rows=case.rows._replace(joined=True))
+    plan = gpu.GpuPlan(case.rows, case.page_table_BP, case.kv_len_B, case.k_KPSD.shape[2])
+    first, second = (case.run(gpu.attend, plan=plan)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not any(bool(x.any()) for x in plan._arrived.values())
 
 
 def shape_of(case: Case) -> gpu_shape.Shape:
@@ -184,6 +249,23 @@ def test_gpu_with_random_tables_is_the_reference(
         count_events(events, case, 0)
         events["whole blocks"] += int(case.kv_len_B.max()) >= 16
         events["splits"] += shape_of(case).n_splits > 1
+
+    check_one()
+
+
+@pytest.mark.usefixtures("many_splits")
+def test_few_rows_with_random_tables_are_the_reference(events: Counter[str], device: torch.device) -> None:
+    names = "windows,softcap,sinks,empty rows,ghost rows,values of another size,whole blocks,splits,few rows,prompts"
+    events.update(dict.fromkeys([*names.split(","), *map(str, TOLERANCE)], 0))
+
+    @settings(PROFILE, max_examples=12)
+    @given(case=cases(dtypes=tuple(TOLERANCE), largest=80, kinds=("causal", "causal", "block", "empty")))
+    def check_one(case: Case) -> None:
+        check(replace(case, rows=case.rows._replace(joined=True)), device)
+        count_events(events, case, 0)
+        events["whole blocks"] += int(case.kv_len_B.max()) >= 16
+        events["splits"] += shape_of(case).n_splits > 1
+        events["few rows" if gpu_shape.has_few_rows(len(case.seen), len(case.lens)) else "prompts"] += 1
 
     check_one()
 
@@ -425,7 +507,7 @@ def test_tiles_hold_every_row_once(device: torch.device) -> None:
         shape = plan.shape(Heads(4, 1, 16, 16, 4))
         assert shape.tile_rows == 4
         held = []
-        for req, row0, end, *_ in plan.tiles(shape, 0).tolist():
+        for req, row0, end, *_ in plan.tiles(shape, 0)[0].tolist():
             assert end - row0 <= shape.tile_rows
             held += [(row, req) for row in range(row0, end)]
         owners = [req if req < n_reqs else -1 for req in owner_R.tolist()]
@@ -455,11 +537,13 @@ def test_cuts_fit_the_chip(size: int, itemsize: int, group: int) -> None:
 def test_cuts_of_a_model_of_8b() -> None:
     heads = Heads(4, 8, 128, 128, 2)
     one = choose_shape(1, 1, 2**17, heads, H100)
-    assert (one.block_m, one.block_n, one.n_splits) == (16, 64, 64)
+    assert (one.block_m, one.block_n, one.n_splits) == (16, 64, 32)
     many = choose_shape(512, 512, 2**15, heads, H100)
     assert (many.block_m, many.n_splits) == (16, 1)
     prompt = choose_shape(8192, 1, 2**15, heads, H100)
     assert (prompt.block_m, prompt.block_n, prompt.n_splits, prompt.n_warps) == (128, 64, 1, 8)
+    streams = [gpu_shape.choose_stream(n, n, 2**14, heads, H100) for n in (1, 8, 32, 64)]
+    assert [(s.block_n, s.n_splits, s.n_stages) for s in streams] == [(64, 32, 4), (64, 4, 4), (64, 1, 4), (32, 1, 4)]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -576,7 +660,8 @@ def test_few_rows_beside_prompts(options: dict[str, Any], device: torch.device) 
         **options,
     )
     shape = shape_of(case)
-    few = gpu_shape.rows_beside_prompts(shape, len(case.rows.reqs_B), Heads(2, 2, 16, 16, 2))
+    max_slots = case.page_table_BP.shape[1] * 4
+    few = gpu_shape.rows_beside_prompts(shape, len(case.rows.reqs_B), max_slots, Heads(2, 2, 16, 16, 2), None)
     assert few is not None
     assert (few.tile_rows, shape.tile_rows) == (8, 64)
     check(case, device)

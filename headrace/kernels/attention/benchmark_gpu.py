@@ -77,7 +77,8 @@ def make_step(
     k_R = torch.arange(n_rows, **ints).repeat(n_reqs)
     zero_R = torch.zeros_like(k_R)
     ptr_B1 = torch.arange(0, n_reqs * n_rows + 1, n_rows, **ints)
-    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, torch.arange(n_reqs, **ints))
+    reqs_B = torch.arange(n_reqs, **ints)
+    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True)
     slot_R = (committed + k_R).long()
     place_R = page_table_BP[req_R.long(), slot_R // page_size].long() * page_size + slot_R % page_size
     shape = (kv_heads, n_pages, page_size, size)

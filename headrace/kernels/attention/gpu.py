@@ -7,17 +7,23 @@ captured in a graph. float64 runs `by_rows.py`. Letters: see `reference.py`; als
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headrace.kernels.attention import by_rows, reference, squares
 from headrace.kernels.attention.gpu_shape import (
+    JOINED_LINES,
+    JOINED_PARTS,
     Chip,
     Heads,
     Shape,
     choose_shape,
+    choose_stream,
     fixed_shape,
+    has_few_rows,
+    least_blocks,
     padded,
     parts_of_group,
     rows_beside_prompts,
@@ -25,7 +31,7 @@ from headrace.kernels.attention.gpu_shape import (
 from headrace.kernels.attention.pools import pool_strides
 from headrace.kernels.attention.reference import AttentionRows
 from headrace.kernels.attention.squares import Chain, attend_square, find_squares, join
-from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
+from headrace.kernels.gpu_sizes import next_power, overlaps, processors, shared_bytes
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernels know."""
@@ -52,8 +58,11 @@ class GpuPlan:
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
+        self.is_joined = rows.joined and rows.bits_R is None and not parity
+        self.is_stream = self.is_joined and has_few_rows(self.n_rows, self.n_reqs)
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
-        self._parts: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._arrived: dict[int, Tensor] = {}
 
     def paged(self) -> GpuPlan:
         """The plan of what the squares leave: their rows see the committed slots only."""
@@ -66,17 +75,22 @@ class GpuPlan:
         return self._paged
 
     def shape(self, heads: Heads) -> Shape:
-        """The cut of the step for heads of one kind; see `gpu_shape.choose_shape`."""
-        device = self.kv_len_B.device
-        chip = Chip(processors(device), shared_bytes(device))
+        """The cut of the step for heads of one kind; see `gpu_shape`."""
         if self.parity:
-            return fixed_shape(self.n_rows, self.n_reqs, heads, chip)
-        return choose_shape(self.n_rows, self.n_reqs, self.max_slots, heads, chip)
+            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip())
+        choose = choose_stream if self.is_stream else choose_shape
+        return choose(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip())
 
-    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> Tensor:
-        """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
+    def chip(self) -> Chip:
+        """Where the step runs."""
+        return Chip(processors(self.kv_len_B.device), shared_bytes(self.kv_len_B.device))
+
+    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> tuple[Tensor, bool]:
+        """The tiles under a window, int32 [T, 8], and whether they stand there since an earlier layer; see
+        `gpu_kernel.list_tiles`."""
         key = (shape.tile_rows, shape.block_n, window, least_rows, one_each)
-        if key not in self._tiles:
+        is_listed = key in self._tiles
+        if not is_listed:
             from headrace.kernels.attention.gpu_kernel import TILE_FIELDS, list_tiles
 
             rows = self.rows
@@ -106,15 +120,20 @@ class GpuPlan:
                 num_warps=1,
             )
             self._tiles[key] = tiles_T8
-        return self._tiles[key]
+        return self._tiles[key], is_listed
 
-    def parts(self, heads: int, v_size: int, n_splits: int) -> tuple[Tensor, Tensor]:
-        """Room for the results of splits, float32 [R, H, N, Dv] and [R, H, N]; layers use it one after the other."""
-        key = (heads, v_size, n_splits)
-        if key not in self._parts:
-            lse_RHN = torch.empty((self.n_rows, heads, n_splits), device=self.kv_len_B.device)
-            self._parts[key] = (lse_RHN.new_empty((*lse_RHN.shape, v_size)), lse_RHN)
-        return self._parts[key]
+    def parts(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Room for the results of splits, float32 [..., Dv] and [...]; layers use it one after the other."""
+        if shape not in self._parts:
+            out = torch.empty(shape, dtype=torch.float32, device=self.kv_len_B.device)
+            self._parts[shape] = out, out.new_empty(shape[:-1])
+        return self._parts[shape]
+
+    def arrived(self, count: int) -> Tensor:
+        """Counters of splits that have arrived, int32 [count]: zeros, which every launch leaves as it found them."""
+        if count not in self._arrived:
+            self._arrived[count] = torch.zeros(count, dtype=torch.int32, device=self.kv_len_B.device)
+        return self._arrived[count]
 
 
 def attend(
@@ -160,8 +179,6 @@ def attend(
             sinks_H=sinks_H,
             need_lse=need_lse,
         )
-    from headrace.kernels.attention.gpu_kernel import attend_tiles, merge_splits
-
     if q_RHD.stride(2) != 1:
         q_RHD = q_RHD.contiguous()
     n_rows, heads, _ = q_RHD.shape
@@ -170,94 +187,197 @@ def attend(
     if not n_rows:
         return out_RHD, lse_RH
     group = heads // kv_heads
-    has_sinks = sinks_H is not None
-    sinks_H = out_RHD if sinks_H is None else sinks_H.contiguous()  # a kernel wants a tensor for what it does not read
     kinds = Heads(group, kv_heads, size, v_size, dtype.itemsize)
     parts = parts_of_group(kinds)
     if parts > 1 and kv_heads == 1:
         # As many key/value heads, all of them the same one.
         k_pool_KPSD, v_pool_KPSD = (pool.expand(parts, -1, -1, -1) for pool in (k_pool_KPSD, v_pool_KPSD))
-        group, kv_heads = group // parts, parts
-        kinds = kinds._replace(group=group, kv_heads=kv_heads)
+        kinds = kinds._replace(group=group // parts, kv_heads=parts)
+    sinks_H = None if sinks_H is None else sinks_H.contiguous()
+    work = _Work(
+        plan,
+        kinds,
+        q_RHD,
+        k_pool_KPSD,
+        v_pool_KPSD,
+        page_table_BP,
+        out_RHD,
+        lse_RH,
+        sinks_H,
+        scale / softcap if softcap > 0 else scale * _LOG2_E,
+        softcap * _LOG2_E,
+        window,
+    )
     shape = plan.shape(kinds)
-    few = None if plan.parity else rows_beside_prompts(shape, plan.n_reqs, kinds)
-    is_split = shape.n_splits > 1
-    (k_head, _), (v_head, v_slot) = pool_strides(k_pool_KPSD), pool_strides(v_pool_KPSD)
-    part_out_RHND, part_lse_RHN = plan.parts(heads, v_size, shape.n_splits) if is_split else (out_RHD, out_RHD)
-    least = few.tile_rows + 1 if few else 0
-    passes = [(shape, plan.tiles(shape, window, least))]
+    if plan.is_stream:
+        _attend_few(work, shape, *plan.tiles(shape, window))
+        return out_RHD, lse_RH
+    few = None
+    if not plan.parity:
+        few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if plan.is_joined else None)
+    _attend_tiles(work, shape, plan.tiles(shape, window, few.tile_rows + 1 if few else 0)[0])
     if few:
-        passes.append((few, plan.tiles(few, window, one_each=True)))
-    for cut, tiles_T8 in passes:
-        attend_tiles[(cut.n_tiles, kv_heads, cut.n_splits)](
-            out_RHD,
-            out_RHD if lse_RH is None else lse_RH,
-            part_out_RHND,
-            part_lse_RHN,
-            q_RHD,
-            k_pool_KPSD,
-            v_pool_KPSD,
-            page_table_BP,
-            tiles_T8,
-            rows.req_R,
-            rows.t_R,
-            rows.a_R,
-            rows.b_R,
-            rows.c_R,
-            rows.req_R if rows.bits_R is None else rows.bits_R,
-            rows.req_R if rows.words_W is None else rows.words_W,
-            sinks_H,
-            0 if rows.words_W is None else rows.words_W.shape[0],
-            scale / softcap if softcap > 0 else scale * _LOG2_E,
-            softcap * _LOG2_E,
-            window,
-            q_RHD.stride(0),
-            q_RHD.stride(1),
-            k_head,
-            v_head,
-            page_table_BP.stride(0),
-            plan.max_slots,
-            cut.n_splits,
-            heads,
-            GROUP=group,
-            TILE_ROWS=cut.tile_rows,
-            BLOCK_M=cut.block_m,
-            BLOCK_N=cut.block_n,
-            S=page_size,
-            D=size,
-            DV=v_size,
-            V_SLOT=v_slot,
-            BLOCK_D=padded(size),
-            BLOCK_DV=padded(v_size),
-            HAS_WINDOW=window > 0,
-            HAS_SOFTCAP=softcap > 0,
-            HAS_SINKS=has_sinks,
-            HAS_BITS=rows.bits_R is not None,
-            HAS_LSE=need_lse,
-            EXACT=dtype == torch.float32,
-            IS_SPLIT=cut.n_splits > 1,
-            num_warps=cut.n_warps,
-            num_stages=cut.n_stages,
-            # Blocks with and without a mask are compiled apart, and must not round a score in two ways.
-            enable_fp_fusion=not plan.parity,
-        )
+        # After the others, whose merge of splits goes over all rows.
+        tiles_T8, is_listed = plan.tiles(few, window, one_each=True)
+        if plan.is_joined:
+            _attend_few(work, few, tiles_T8, is_listed)
+        else:
+            _attend_tiles(work, few, tiles_T8)
+    return out_RHD, lse_RH
+
+
+class _Work(NamedTuple):
+    """What a layer's launches share."""
+
+    plan: GpuPlan
+    heads: Heads
+    q_RHD: Tensor
+    k_pool_KPSD: Tensor
+    v_pool_KPSD: Tensor
+    page_table_BP: Tensor
+    out_RHD: Tensor
+    lse_RH: Tensor | None
+    sinks_H: Tensor | None
+    scale: float
+    """With the factor log2(e), or 1 / softcap."""
+    softcap: float
+    """With the factor log2(e)."""
+    window: int
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Where results go. A kernel wants a tensor for what it does not write, too."""
+        return self.out_RHD, self.out_RHD if self.lse_RH is None else self.lse_RH
+
+    @property
+    def sinks(self) -> Tensor:
+        """A kernel wants a tensor for what it does not read."""
+        return self.out_RHD if self.sinks_H is None else self.sinks_H
+
+    @property
+    def numbers(self) -> tuple[float | int, ...]:
+        """From `scale` to `max_slots` in the kernels' arguments."""
+        (k_head, _), (v_head, _) = pool_strides(self.k_pool_KPSD), pool_strides(self.v_pool_KPSD)
+        q_row, q_head, _ = self.q_RHD.stride()
+        strides = q_row, q_head, k_head, v_head, self.page_table_BP.stride(0)
+        return self.scale, self.softcap, self.window, *strides, self.plan.max_slots
+
+    def constants(self, cut: Shape) -> dict[str, Any]:
+        """The kernels' constants that follow from the heads and the cut."""
+        heads = self.heads
+        return {
+            "GROUP": heads.group,
+            "TILE_ROWS": cut.tile_rows,
+            "BLOCK_M": cut.block_m,
+            "BLOCK_N": cut.block_n,
+            "S": self.k_pool_KPSD.shape[2],
+            "D": heads.size,
+            "DV": heads.v_size,
+            "V_SLOT": pool_strides(self.v_pool_KPSD)[1],
+            "BLOCK_D": padded(heads.size),
+            "BLOCK_DV": padded(heads.v_size),
+            "HAS_WINDOW": self.window > 0,
+            "HAS_SOFTCAP": self.softcap > 0,
+            "HAS_SINKS": self.sinks_H is not None,
+            "HAS_LSE": self.lse_RH is not None,
+            "num_warps": cut.n_warps,
+            "num_stages": cut.n_stages,
+        }
+
+
+def _attend_tiles(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
+    """The rows in a list of tiles, whatever they see."""
+    from headrace.kernels.attention.gpu_kernel import attend_tiles, merge_splits
+
+    rows, is_split = work.plan.rows, cut.n_splits > 1
+    n_rows, heads, _ = work.out_RHD.shape
+    v_size = work.heads.v_size
+    part_out_RHND, part_lse_RHN = work.out_RHD, work.out_RHD
+    if is_split:
+        part_out_RHND, part_lse_RHN = work.plan.parts(n_rows, heads, cut.n_splits, v_size)
+    attend_tiles[(cut.n_tiles, work.heads.kv_heads, cut.n_splits)](
+        *work.results,
+        part_out_RHND,
+        part_lse_RHN,
+        work.q_RHD,
+        work.k_pool_KPSD,
+        work.v_pool_KPSD,
+        work.page_table_BP,
+        tiles_T8,
+        rows.req_R,
+        rows.t_R,
+        rows.a_R,
+        rows.b_R,
+        rows.c_R,
+        rows.req_R if rows.bits_R is None else rows.bits_R,
+        rows.req_R if rows.words_W is None else rows.words_W,
+        work.sinks,
+        0 if rows.words_W is None else rows.words_W.shape[0],
+        *work.numbers,
+        cut.n_splits,
+        heads,
+        HAS_BITS=rows.bits_R is not None,
+        EXACT=work.q_RHD.dtype == torch.float32,
+        IS_SPLIT=is_split,
+        # Blocks with and without a mask are compiled apart, and in parity must not round a score in two ways.
+        enable_fp_fusion=not work.plan.parity,
+        **work.constants(cut),
+    )
     if is_split:
         merge_splits[(n_rows * heads,)](
-            out_RHD,
-            out_RHD if lse_RH is None else lse_RH,
+            *work.results,
             part_out_RHND,
             part_lse_RHN,
-            sinks_H,
+            work.sinks,
             heads,
-            N_SPLITS=shape.n_splits,
-            PART=min(shape.n_splits, 16),
+            N_SPLITS=cut.n_splits,
+            PART=min(cut.n_splits, JOINED_PARTS),
             DV=v_size,
             BLOCK_DV=next_power(v_size),
-            HAS_SINKS=has_sinks,
-            HAS_LSE=need_lse,
+            HAS_SINKS=work.sinks_H is not None,
+            HAS_LSE=work.lse_RH is not None,
             num_warps=4,
         )
-    return out_RHD, lse_RH
+
+
+def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> None:
+    """The rows in a list of tiles, if each sees one run of slots. `is_listed`: by a launch before the last one."""
+    from headrace.kernels.attention.gpu_kernel_few import attend_few
+
+    rows, kv_heads = work.plan.rows, work.heads.kv_heads
+    overlap = overlaps(work.out_RHD.device)
+    part_out_TKMND, part_lse_TKMN, arrived_TK = work.out_RHD, work.out_RHD, rows.req_R
+    if cut.n_splits > 1:
+        sizes = cut.n_tiles, kv_heads, cut.block_m, cut.n_splits, work.heads.v_size
+        part_out_TKMND, part_lse_TKMN = work.plan.parts(*sizes)
+        arrived_TK = work.plan.arrived(cut.n_tiles * kv_heads)
+    attend_few[(cut.n_tiles, kv_heads, cut.n_splits)](
+        *work.results,
+        part_out_TKMND,
+        part_lse_TKMN,
+        arrived_TK,
+        work.q_RHD,
+        work.k_pool_KPSD,
+        work.v_pool_KPSD,
+        work.page_table_BP,
+        tiles_T8,
+        rows.req_R,
+        rows.t_R,
+        rows.a_R,
+        rows.b_R,
+        rows.c_R,
+        work.sinks,
+        *work.numbers,
+        work.out_RHD.shape[1],
+        N_SPLITS=cut.n_splits,
+        PART=min(cut.n_splits, JOINED_PARTS),
+        LINES=min(next_power(work.heads.group * cut.tile_rows), JOINED_LINES),
+        LEAST=least_blocks(cut),
+        STAGES=cut.n_stages,
+        OVERLAP=overlap,
+        launch_pdl=overlap and is_listed,
+        **work.constants(cut),
+    )
 
 
 def _attend_beside_squares(

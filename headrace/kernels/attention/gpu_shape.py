@@ -10,26 +10,48 @@ from typing import NamedTuple
 
 from headrace.kernels.gpu_sizes import next_power
 
-PROGRAMS_A_PROCESSOR = 4
+PROGRAMS_A_PROCESSOR = 3
 """Programs to have ready for each multiprocessor before slots are no longer split."""
 MIN_SPLIT_SLOTS = 128
 """Slots of the longest possible context that a split is made for."""
+LEAST_SLOTS = 128
+"""Slots of a request that a split is made for, where requests have few rows."""
 MAX_SPLITS = 128
 """Above it, merging costs more than the splits save."""
-BLOCK_BYTES = 2**14
-"""Bytes of keys in a block of slots: 64 slots of 128 numbers in 16 bits."""
 MAX_BLOCK_N = 128
 PROMPT_ROWS = 16
 """Rows a request, on average, from which a step counts as prompts: these take the largest tile."""
 QUERY_BYTES = 2**16
 """Bytes of the queries of a tile."""
-MAX_STAGES = 3
 PARITY_LINES = 64
 """Lines of every tile in parity: the least that the matrix instruction of warp groups takes. Decode fills a few."""
 PARITY_SPLITS = 4
 """Splits of every context in parity, a power of two."""
 SMALLEST_DOT = 16
 """Smallest side of a matrix product."""
+JOINED_PARTS = 16
+"""Results of splits that are read at once where they are joined."""
+JOINED_LINES = 4
+
+
+class Limits(NamedTuple):
+    """What a kernel's programs are made of."""
+
+    block_bytes: int
+    """Bytes of keys in a block of slots: 2**14 are 64 slots of 128 numbers in 16 bits."""
+    n_warps: int
+    n_stages: int
+    """Blocks in flight from memory, plus one, at most."""
+    sharing: int
+    """Programs that are to share a multiprocessor, so that one computes while the other waits."""
+
+
+TILES = Limits(2**14, 4, 3, 2)
+"""Of `gpu_kernel.attend_tiles`."""
+STREAMS = Limits(2**13, 4, 4, 1)
+"""Of `gpu_kernel_few.attend_few`, where there are requests enough to fill the chip."""
+WIDE_STREAMS = Limits(2**14, 4, 4, 1)
+"""Where there are not."""
 
 
 class Heads(NamedTuple):
@@ -74,21 +96,23 @@ def padded(size: int) -> int:
     return max(next_power(size), SMALLEST_DOT)
 
 
-def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Shape:
+def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip, limits: Limits = TILES) -> Shape:
     """The cut of a step of `n_rows` rows of `n_reqs` requests, padding included, over at most `max_slots` slots."""
     widths = padded(heads.size), padded(heads.v_size)
     rows_a_request = -(-n_rows // max(n_reqs, 1))
     block_m = _lines(rows_a_request, heads, max(widths))
     tile_rows = block_m // heads.group
-    block_n = min(max(_key_bytes(heads) // (max(widths) * heads.itemsize), SMALLEST_DOT), MAX_BLOCK_N)
+    # Without tensor cores the operands of a product stand in registers, and larger blocks spill.
+    key_bytes = limits.block_bytes // 2 if heads.itemsize > 2 else limits.block_bytes
+    block_n = min(max(key_bytes // (max(widths) * heads.itemsize), SMALLEST_DOT), MAX_BLOCK_N)
     # Every request may end in a tile that is not full; the last term is for the rows behind the last request.
     n_tiles = n_rows // tile_rows + n_reqs + 1
     busy = max(-(-n_rows // tile_rows), min(n_reqs, n_rows), 1) * heads.kv_heads
     wanted = chip.processors * PROGRAMS_A_PROCESSOR // busy
     most = max(1, min(wanted, max_slots // max(MIN_SPLIT_SLOTS, block_n), MAX_SPLITS))
     wide = block_m >= 128
-    # Two programs share a multiprocessor, so that one computes while the other waits; a wide tile hides its own waits.
-    room = chip.shared_bytes if wide else chip.shared_bytes // 2
+    # A wide tile hides its own waits.
+    room = chip.shared_bytes if wide else chip.shared_bytes // limits.sharing
     room -= block_m * (widths[0] * heads.itemsize + block_n * 4)
     n_stages = room // (block_n * sum(widths) * heads.itemsize)
     return Shape(
@@ -97,8 +121,8 @@ def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: C
         block_n=block_n,
         n_tiles=n_tiles,
         n_splits=next_power(most + 1) // 2,
-        n_warps=8 if wide else 4,
-        n_stages=min(max(n_stages, 1), MAX_STAGES),
+        n_warps=8 if wide else limits.n_warps,
+        n_stages=min(max(n_stages, 1), limits.n_stages),
     )
 
 
@@ -122,8 +146,24 @@ def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip) -> Shape:
         n_tiles=n_rows // tile_rows + n_reqs + 1,
         n_splits=PARITY_SPLITS,
         n_warps=4,
-        n_stages=min(max(room // (usual.block_n * widths * heads.itemsize), 1), MAX_STAGES),
+        n_stages=min(max(room // (usual.block_n * widths * heads.itemsize), 1), TILES.n_stages),
     )
+
+
+def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Shape:
+    """The cut for the kernel of few rows a request."""
+    fills = min(n_reqs, n_rows) * heads.kv_heads >= chip.processors * 2
+    return choose_shape(n_rows, n_reqs, max_slots, heads, chip, STREAMS if fills else WIDE_STREAMS)
+
+
+def least_blocks(shape: Shape) -> int:
+    """Blocks of a request that a split of few rows is made for."""
+    return max(LEAST_SLOTS // shape.block_n, 1)
+
+
+def has_few_rows(n_rows: int, n_reqs: int) -> bool:
+    """Whether a step counts as decoding and not as prompts."""
+    return -(-n_rows // max(n_reqs, 1)) < PROMPT_ROWS
 
 
 def parts_of_group(heads: Heads) -> int:
@@ -135,26 +175,25 @@ def parts_of_group(heads: Heads) -> int:
     return next(n for n in range(1, heads.group + 1) if heads.group % n == 0 and next_power(heads.group // n) <= lines)
 
 
-def rows_beside_prompts(shape: Shape, n_reqs: int, heads: Heads) -> Shape | None:
+def rows_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Heads, chip: Chip | None) -> Shape | None:
     """The cut for requests with few rows in a step that is cut for prompts, one tile each; None: nothing to gain.
 
-    A tile of prompts takes as long for one row as for all of its rows.
+    A tile of prompts takes as long for one row as for all of its rows. `chip`: cut for the kernel of few rows there.
     """
     lines = _lines(1, heads, max(padded(heads.size), padded(heads.v_size)))
-    if shape.block_m <= lines or shape.n_splits > 1 or n_reqs < 2:
+    if shape.block_m <= lines or n_reqs < 2:
+        return None
+    if chip is not None:
+        return choose_stream(n_reqs, n_reqs, max_slots, heads, chip)._replace(n_tiles=n_reqs)
+    if shape.n_splits > 1:
         return None
     return shape._replace(
         tile_rows=lines // heads.group,
         block_m=lines,
         n_tiles=n_reqs,
         n_splits=1,
-        n_warps=4,
+        n_warps=TILES.n_warps,
     )
-
-
-def _key_bytes(heads: Heads) -> int:
-    """Without tensor cores the operands of a product stand in registers, and larger blocks spill."""
-    return BLOCK_BYTES // 2 if heads.itemsize > 2 else BLOCK_BYTES
 
 
 def _lines(rows_a_request: int, heads: Heads, width: int) -> int:

@@ -47,6 +47,9 @@ class AttentionRows(NamedTuple):
     words_W: Tensor | None = None
     """Words of all masks, 32 slots each, the first slot in the lowest bit. Bits behind the interval's end are not
     read. Given if and only if `bits_R` is."""
+    joined: bool = False
+    """Whether the host knows that the visible slots of each row, and those of all rows of a request together, are one
+    interval each: c <= b or b <= a everywhere, and no masks. A GPU may then take a faster way."""
 
 
 class Span(NamedTuple):

@@ -7,12 +7,10 @@ rows, E inputs, N outputs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from headrace.kernels.gpu_sizes import next_power, processors, shared_bytes
+from headrace.kernels.gpu_sizes import next_power, overlaps, processors, shared_bytes
 from headrace.kernels.project.gpu_shape import (
     CACHE_LINE,
     FOLD_NORM_ROWS,
@@ -34,12 +32,6 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 """By device and address of a weight, int32: how many splits of each block of results have arrived. Zero between
 launches. One product with a weight runs at a time, as the layers of a model do; products with others may run beside it.
 """
-
-
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin before the one before it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def takes(
@@ -171,7 +163,7 @@ def _launch(
             x_RE.stride(0),
             y_RN.stride(0),
             eps,
-            BLOCK_ALL=min(next_power(inputs), max(shape.n_warps * 32 * _NORM_ELEMENTS // block_r, 16)),
+            BLOCK_ALL=min(next_power(inputs), max(shape.n_warps * 32 * _NORM_ELEMENTS // block_r, 16)) if norm else 16,
             BLOCK_R=block_r,
             STAGES=shape.n_stages,
             **options,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.gpu_runtime import tl, triton
-from headrace.kernels.gpu_sizes import next_power
+from headrace.kernels.gpu_runtime import begin, tl, triton
+from headrace.kernels.gpu_sizes import next_power, overlaps
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernel knows."""
@@ -32,7 +32,9 @@ def _norm(
     eps,
     LINES: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     line_L1 = (tl.program_id(0) * LINES + tl.arange(0, LINES))[:, None]
     i_1E = tl.arange(0, BLOCK_E)[None, :]
     here = (line_L1 < n_lines) & (i_1E < width)
@@ -74,6 +76,8 @@ def rms_norm_gpu(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         eps,
         LINES=lines,
         BLOCK_E=block_e,
+        OVERLAP=overlaps(x.device),
+        launch_pdl=overlaps(x.device),
         num_warps=min(max(lines * block_e // 256, 1), 16),
     )
     return y_RE

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.gpu_runtime import tl, triton
-from headrace.kernels.gpu_sizes import next_power
+from headrace.kernels.gpu_runtime import begin, tl, triton
+from headrace.kernels.gpu_sizes import next_power, overlaps
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernel knows."""
@@ -19,7 +19,8 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up_R2F, out_RF, width, row_stride, BLOCK: tl.constexpr):
+def _silu_mul(gate_up_R2F, out_RF, width, row_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i_F < width
@@ -47,6 +48,8 @@ def silu_mul_gpu(gate_up_R2F: Tensor) -> Tensor:
             width,
             gate_up_R2F.stride(0),
             BLOCK=block,
+            OVERLAP=overlaps(out_RF.device),
+            launch_pdl=overlaps(out_RF.device),
             num_warps=min(max(block // 256, 1), 4),
         )
     return out_RF

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.kernels.gpu_runtime import tl, triton
-from headrace.kernels.gpu_sizes import next_power
+from headrace.kernels.gpu_runtime import begin, tl, triton
+from headrace.kernels.gpu_sizes import next_power, overlaps
 from headrace.step import Turn
 
 _TILE = 1024
@@ -39,7 +39,9 @@ def _turn(
     BLOCK_H: tl.constexpr,
     HAS_NORM: tl.constexpr,
     KIND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     n_N1 = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     i_1h = tl.arange(0, BLOCK_H)[None, :]
@@ -117,5 +119,7 @@ def turn_gpu(work: Turn, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tens
         BLOCK_H=block_h,
         HAS_NORM=work.norm is not None,
         KIND=tl.float64 if qkv_RND.element_size() == 8 else tl.float32,
+        OVERLAP=overlaps(qkv_RND.device),
+        launch_pdl=overlaps(qkv_RND.device),
         num_warps=min(max(block_n * block_h // 256, 1), 8),
     )
