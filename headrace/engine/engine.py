@@ -1097,10 +1097,10 @@ def check_parity(
             f"parity=True, and evictor={name!r} chooses slots by sums whose order is not fixed: leave one of the "
             "two out"
         )
-    for name in (name for name, decoder in decoders.items() if decoder.tree):
+    for name in (name for name, decoder in decoders.items() if decoder.tree or not decoder.causal):
         raise ConfigError(
-            f"parity=True, and decoder={name!r} evaluates trees, whose tokens lie in other slots than those of "
-            "a chain: leave one of the two out"
+            f"parity=True, and decoder={name!r} evaluates rows that see other slots than all up to their own, "
+            "for which the order of sums is not fixed: leave one of the two out"
         )
 
 

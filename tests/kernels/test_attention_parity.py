@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,10 @@ CONTEXTS = (1, 2, 17, 64, 65, 150, 300, 699)
 class Cache:
     """Pools with the keys and values of some requests, and queries for all their tokens."""
 
-    def __init__(self, dtype: torch.dtype, device: str, heads: int, kv_heads: int, size: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: str, heads: int, kv_heads: int, size: int, joined: bool = True
+    ) -> None:
+        self.joined = joined
         generator = torch.Generator().manual_seed(heads + size)
         n_pages = -(-SLOTS // PAGE)
         count = len(CONTEXTS)
@@ -51,7 +55,7 @@ class Cache:
         for one, first, _ in work:
             kv_len[one] = first
         columns = (req, t, zero, zero, t - n + 1, row_ptr, reqs)
-        rows = AttentionRows(*(x.to(self.device) for x in columns))
+        rows = AttentionRows(*(x.to(self.device) for x in columns), joined=self.joined)
         lens = [(int(row_ptr[i]), sizes[i], work[i][2]) for i in range(len(work))]
         q_RHD = torch.cat([self.q_BTHD[req, first:last] for req, first, last in work])
         out_RHD, _ = form(
@@ -113,13 +117,19 @@ def test_without_parity_bits_differ_on_the_cpu(events: Counter[str]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("geometry", [(32, 8, 128), (16, 8, 128), (7, 1, 64), (8, 4, 256), (4, 4, 80)])
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "any rows"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.skipif(not HAS_GPU, reason="what a GPU's instructions add up first is known to the GPU only")
 def test_bits_on_the_gpu(
-    name: str, geometry: tuple[int, int, int], dtype: torch.dtype, device: torch.device, events: Counter[str]
+    name: str,
+    joined: bool,
+    geometry: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    events: Counter[str],
 ) -> None:
     """Whichever kernel is behind `attend`. How many rows differ without parity is shown."""
-    cache = Cache(dtype, str(device), *geometry)
+    cache = Cache(dtype, str(device), *geometry, joined=joined)
     rows, bad = differing(cache, by_package, CONTEXTS, **OPTIONS[name])
     assert not bad, f"{bad} of {rows} rows"
     events["rows"] += rows
@@ -128,22 +138,26 @@ def test_bits_on_the_gpu(
         events["rows that differ without"] += others
 
 
-def test_bits_of_the_gpu_form(device: torch.device, events: Counter[str]) -> None:
+@pytest.mark.parametrize(("joined", "window"), [(True, 0), (True, 20), (False, 30)])
+def test_bits_of_the_gpu_form(joined: bool, window: int, device: torch.device, events: Counter[str]) -> None:
     """The same tiles and splits for one row as for a prompt."""
-    cache = Cache(torch.float32, str(device), 4, 2, 16)
-    rows, bad = differing(cache, by_gpu_form, (1, 30, 70), window=30)
+    cache = Cache(torch.float32, str(device), 4, 2, 16, joined=joined)
+    rows, bad = differing(cache, by_gpu_form, (1, 30, 70) if joined else (1, 40), window=window)
     events["rows"] += rows
     assert not bad, f"{bad} of {rows} rows"
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "any rows"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("prompts and decode", torch.float16), ("window", torch.bfloat16), ("sinks", torch.float32)],
     ids=str,
 )
-def test_parity_is_the_reference(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_parity_is_the_reference(name: str, joined: bool, dtype: torch.dtype, device: torch.device) -> None:
     """In tiles of one form and a fixed number of splits."""
-    case = on(make_case(len(name), dtype=dtype, **GRID[name]), device)
+    work = GRID[name] | {"kinds": ("causal",) * 6} if joined else GRID[name]
+    case = make_case(len(name), dtype=dtype, **work)
+    case = on(replace(case, rows=case.rows._replace(joined=joined)), device)
     plan = gpu.GpuPlan(case.rows, case.page_table_BP, case.kv_len_B, case.k_KPSD.shape[2], parity=True)
     out, lse = case.run(gpu.attend, plan=plan)
     expected_out, expected_lse = by_reference(case)

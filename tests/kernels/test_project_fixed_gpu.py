@@ -48,7 +48,14 @@ def check_exact_sums(events: Counter[str], data: st.DataObject) -> None:
         splits = data.draw(st.sampled_from([1, 2, 3, 8]), "splits")
         apart = splits > 1 and data.draw(st.booleans(), "apart")
         shape = Shape(
-            data.draw(st.sampled_from([16, 64])), 32, 64, splits, apart, 4, 3, data.draw(st.sampled_from([1, 8]))
+            data.draw(st.sampled_from([16, 64])),
+            32,
+            64,
+            splits,
+            apart,
+            4,
+            3,
+            group_r=data.draw(st.sampled_from([1, 8])),
         )
     layouts = data.draw(st.sampled_from(LAYOUTS), "layout of x"), data.draw(st.sampled_from(["plain", "wide", "tall"]))
     # Sums stay below 256, which bfloat16 still holds.

@@ -58,8 +58,9 @@ class GpuPlan:
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
-        self.is_joined = rows.joined and rows.bits_R is None and not parity
-        self.is_stream = self.is_joined and has_few_rows(self.n_rows, self.n_reqs)
+        self.is_joined = rows.joined and rows.bits_R is None
+        # In parity prompts take the way of few rows too.
+        self.is_stream = self.is_joined and (parity or has_few_rows(self.n_rows, self.n_reqs))
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
@@ -77,7 +78,7 @@ class GpuPlan:
     def shape(self, heads: Heads) -> Shape:
         """The cut of the step for heads of one kind; see `gpu_shape`."""
         if self.parity:
-            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip())
+            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip(), self.is_stream)
         choose = choose_stream if self.is_stream else choose_shape
         return choose(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip())
 
@@ -374,6 +375,9 @@ def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> N
         LINES=min(next_power(work.heads.group * cut.tile_rows), JOINED_LINES),
         LEAST=least_blocks(cut),
         STAGES=cut.n_stages,
+        FIXED=work.plan.parity,
+        # What is inside and in front of a loop is compiled apart, and in parity must not round in two ways.
+        enable_fp_fusion=not work.plan.parity,
         OVERLAP=overlap,
         launch_pdl=overlap and is_listed,
         **work.constants(cut),

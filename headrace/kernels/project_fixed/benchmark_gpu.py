@@ -119,8 +119,8 @@ def benchmark(
 
 def describe(shape: Shape) -> str:
     """A cut in one word."""
-    r, n, e, splits, apart, warps, stages, group = shape
-    return f"{r}x{n}x{e}/{splits}{'a' if apart else ''} w{warps} s{stages} g{group}"
+    r, n, e, splits, apart, warps, stages, ahead, group = shape
+    return f"{r}x{n}x{e}/{splits}{'a' if apart else ''} w{warps} s{stages} a{ahead} g{group}"
 
 
 def cuts(rows: int) -> Iterator[Shape]:
@@ -132,10 +132,11 @@ def cuts(rows: int) -> Iterator[Shape]:
             r, n, e, warps, stages = tile
             yield Shape(r, n, e, splits, False, warps, stages)
         return
-    for splits, (n, e, stages) in itertools.product(
-        (1, 2, 4, 8), ((128, 64, 6), (64, 64, 8), (64, 128, 5), (128, 128, 4), (128, 64, 4), (256, 64, 4), (32, 128, 6))
-    ):
-        yield Shape(64, n, e, splits, splits > 1, 4, stages)
+    tiles = ((128, 64, 6), (64, 64, 8), (64, 128, 5), (128, 128, 4), (128, 64, 4), (256, 64, 4), (32, 128, 6))
+    for splits, (n, e, stages) in itertools.product((1, 2, 4, 8), tiles):
+        yield Shape(64, n, e, splits, splits > 1, 4, stages, 256)
+    yield Shape(64, 128, 64, 4, True, 4, 6, 0)
+    yield Shape(64, 128, 64, 4, True, 4, 6, 1024)
 
 
 def sweep(models: Sequence[str], names: Sequence[str], rows: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:

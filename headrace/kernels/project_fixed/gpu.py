@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.kernels.gpu_sizes import overlaps
 from headrace.kernels.project_fixed.gpu_shape import GRAIN_E, Shape, choose_shape
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,7 @@ def multiply_gpu(
     shape = shape or choose_shape(rows, outputs, inputs, x_RE.dtype.itemsize)
     tiles = -(-rows // shape.block_r) * -(-outputs // shape.block_n)
     share = -(-inputs // (shape.splits * GRAIN_E)) * GRAIN_E
+    overlap = overlaps(x_RE.device)
     parts, arrived_T = out_RN, out_RN  # a kernel wants a tensor for what it does not read
     if shape.apart:
         floats = tiles * shape.splits * shape.block_r * shape.block_n
@@ -69,6 +71,9 @@ def multiply_gpu(
         EVEN=inputs % shape.block_e == 0,
         HAS_BIAS=bias_N is not None,
         ONTO=onto_RN is not None,
+        AHEAD=shape.ahead_e,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=shape.n_warps,
         num_stages=shape.n_stages,
     )

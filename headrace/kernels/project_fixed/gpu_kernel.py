@@ -10,6 +10,18 @@ from __future__ import annotations
 
 from headrace.kernels.gpu_runtime import tl, triton
 
+LINE = tl.constexpr(64)
+"""Elements of 16 bits in a line of the L2 cache."""
+
+
+@triton.jit
+def _ask_l2(at_1N, begin, n_inputs, AHEAD: tl.constexpr):
+    """Ask the L2 cache for AHEAD inputs of every output from `begin` on; nothing waits for them."""
+    line_L1 = tl.minimum(begin + tl.arange(0, AHEAD // LINE) * LINE, n_inputs - 1)[:, None]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at_1N + line_L1], dtype=tl.int32, is_pure=False, pack=1
+    )
+
 
 @triton.jit
 def _sum_split(
@@ -80,6 +92,8 @@ def multiply_fixed(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONTO: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`share`: inputs of a split. `parts`: float32 [tiles, splits, BLOCK_R, BLOCK_N]; `arrived_T`: zeros, and again."""
     tile = tl.program_id(0)
@@ -93,9 +107,16 @@ def multiply_fixed(
     n_N = (inside // size) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_R1 = x + tl.minimum(r_R, n_rows - 1).to(tl.int64)[:, None] * x_row
     weight_1N = weight + tl.minimum(n_N, n_outputs - 1).to(tl.int64)[None, :] * weight_row
+    if OVERLAP:
+        # Until the wait only weights are touched, which no kernel writes. Every program waits: the launch behind this
+        # one relies on it.
+        tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD > 0:
+            _ask_l2(weight_1N, tl.program_id(1) * share, n_inputs, AHEAD)
+        tl.extra.cuda.gdc_wait()
     if not APART:
         total_RN = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        for split in tl.static_range(SPLITS):
+        for split in range(SPLITS):
             begin = split * share
             end = tl.minimum(begin + share, n_inputs)
             total_RN += _sum_split(x_R1, weight_1N, begin, end, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)

@@ -23,6 +23,8 @@ FEW_ROWS = 256
 WANTED = 128
 """Programs to have for few rows: about one a processor. A number of its own, so that results follow from no chip."""
 MAX_SPLITS = 8
+AHEAD_E = 256
+"""See `Shape.ahead_e`; for few rows of 16-bit numbers."""
 MIN_SPLIT_E = 256
 """Inputs that a split is made for."""
 
@@ -39,6 +41,9 @@ class Shape(NamedTuple):
     n_warps: int
     n_stages: int
     """Tiles in flight from memory, plus one."""
+    ahead_e: int = 0
+    """Inputs, of every output, that a program asks the L2 cache for before it waits for the kernel before it: none, or
+    a power of two from 64 on."""
     group_r: int = 8
     """Blocks of rows that go over the outputs together, so that their inputs stay in the L2 cache."""
 
@@ -67,5 +72,5 @@ def choose_shape(rows: int, outputs: int, inputs: int, itemsize: int) -> Shape:
     if itemsize > 2:
         return Shape(32, block_n, 32, splits, apart, 4, 3)
     if rows <= FEW_ROWS:
-        return Shape(64, block_n, 64, splits, apart, 4, 6 if block_n > 64 else 7)
+        return Shape(64, block_n, 64, splits, apart, 4, 6 if block_n > 64 else 7, AHEAD_E if inputs >= AHEAD_E else 0)
     return Shape(128, 128, 64, splits, False, 8, 4)
