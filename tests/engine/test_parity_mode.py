@@ -160,7 +160,12 @@ def test_bits_are_those_of_the_request_alone(family: str, dtype: str, tmp_path: 
         events["famine"] = 0
     for budget, pages, ahead in ((3, 400, False), (7, 62, False), (50, 62, True), (1024, 62, True)):
         engine = engine_of(
-            model, max_num_batched_tokens=budget, num_pages=pages, async_scheduling=ahead, max_model_len=240
+            model,
+            max_num_batched_tokens=budget,
+            num_pages=pages,
+            async_scheduling=ahead,
+            max_model_len=240,
+            preemption="swap" if budget == 7 else "recompute",
         )
         seen = Seen(engine)
         if ahead:
@@ -292,8 +297,9 @@ def test_refuses_models_that_it_does_not_cover(tmp_path: Path) -> None:
 
 
 def test_the_bundled_model_alone_and_in_a_batch() -> None:
-    """Through the interface, steps recorded on a GPU: texts, tokens and log-probs."""
-    llm = LLM(device=DEVICE, dtype="float32" if DEVICE == "cpu" else "bfloat16", parity=True, max_model_len=512)
+    """Through the interface, steps recorded on a GPU, and with a draft model: tokens and log-probs."""
+    options: dict[str, Any] = {"device": DEVICE, "dtype": "float32" if DEVICE == "cpu" else "bfloat16", "parity": True}
+    llm = LLM(max_model_len=512, max_num_batched_tokens=256, **options)
     prompts = [f"def f{i}(x{', y' * i}):\n    " + "return x\n" * (7 * i) for i in range(7 if DEVICE == "cpu" else 32)]
     params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=12, logprobs=2) for i in range(len(prompts))]
 
@@ -306,3 +312,9 @@ def test_the_bundled_model_alone_and_in_a_batch() -> None:
     llm.engine.forget_prefixes()
     single = [read(llm.generate([prompt], [one]))[0] for prompt, one in zip(prompts, params, strict=True)]
     assert batched == single
+    # Without top log-probs steps are recorded.
+    plain = [replace(one, logprobs=None) for one in params]
+    recorded = [output.outputs[0].token_ids for output in llm.generate(prompts, plain)]
+    assert recorded == [tokens for tokens, _ in batched]
+    drafting = LLM(max_model_len=256, max_num_batched_tokens=100, decoder="draft_model", draft_tokens=3, **options)
+    assert read(drafting.generate(prompts, params)) == batched

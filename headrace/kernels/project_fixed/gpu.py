@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.gpu_sizes import overlaps
-from headrace.kernels.project_fixed.gpu_shape import GRAIN_E, Shape, choose_shape
+from headrace.kernels.project_fixed.gpu_shape import FEW_ROWS, GRAIN_E, Shape, choose_shape
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernel knows."""
@@ -47,7 +47,8 @@ def multiply_gpu(
     if shape.apart:
         floats = tiles * shape.splits * shape.block_r * shape.block_n
         parts = out_RN.new_empty(floats, dtype=torch.float32)
-        arrived_T = _counters_of(weight_NE, tiles)
+        # For the most rows that come in splits: what is recorded in a graph keeps its address.
+        arrived_T = _counters_of(weight_NE, max(tiles, -(-FEW_ROWS // shape.block_r) * -(-outputs // shape.block_n)))
     multiply_fixed[(tiles, shape.splits if shape.apart else 1)](
         out_RN,
         x_RE,
