@@ -2,7 +2,8 @@
 
 A program owns a block of rows and a block of outputs. It goes over the inputs in rising order, a split at a time, and
 adds the splits' sums in rising order; or, for few rows, it makes the sum of one split, and the last program to arrive
-adds those of all in the same order. Rows and outputs behind the last ones are computed like these and not stored.
+adds those of all in the same order. Outputs behind the last one are computed like it and not stored; rows behind the
+last one are zeros that nobody reads.
 Letters: R rows, E inputs, N outputs.
 """
 
@@ -26,6 +27,7 @@ def _ask_l2(at_1N, begin, n_inputs, AHEAD: tl.constexpr):
 @triton.jit
 def _sum_split(
     x_R1,
+    has_row_R1,
     weight_1N,
     begin,
     end,
@@ -41,11 +43,11 @@ def _sum_split(
     sum_RN = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for at in range(begin, end, BLOCK_E):
         if EVEN:
-            x = tl.load(x_RE)
+            x = tl.load(x_RE, mask=has_row_R1, other=0.0)
             weight = tl.load(weight_EN, eviction_policy="evict_first")
         else:
             here = at + i_E < end
-            x = tl.load(x_RE, mask=here[None, :], other=0.0)
+            x = tl.load(x_RE, mask=has_row_R1 & here[None, :], other=0.0)
             weight = tl.load(weight_EN, mask=here[:, None], other=0.0)
         sum_RN = tl.dot(x, weight, sum_RN, input_precision="ieee")
         x_RE += BLOCK_E
@@ -105,7 +107,8 @@ def multiply_fixed(
     inside = tile - group * GROUP_R * blocks_n
     r_R = (group * GROUP_R + inside % size) * BLOCK_R + tl.arange(0, BLOCK_R)
     n_N = (inside // size) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_R1 = x + tl.minimum(r_R, n_rows - 1).to(tl.int64)[:, None] * x_row
+    has_row_R1 = (r_R < n_rows)[:, None]
+    x_R1 = x + r_R.to(tl.int64)[:, None] * x_row
     weight_1N = weight + tl.minimum(n_N, n_outputs - 1).to(tl.int64)[None, :] * weight_row
     if OVERLAP:
         # Until the wait only weights are touched, which no kernel writes. Every program waits: the launch behind this
@@ -114,18 +117,21 @@ def multiply_fixed(
         if AHEAD > 0:
             _ask_l2(weight_1N, tl.program_id(1) * share, n_inputs, AHEAD)
         tl.extra.cuda.gdc_wait()
-    if not APART:
+    if SPLITS == 1:
+        sum_RN = _sum_split(x_R1, has_row_R1, weight_1N, 0, n_inputs, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)
+        _store(y, sum_RN, bias, r_R, n_N, n_rows, n_outputs, y_row, HAS_BIAS, ONTO)
+    elif not APART:
         total_RN = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for split in range(SPLITS):
             begin = split * share
             end = tl.minimum(begin + share, n_inputs)
-            total_RN += _sum_split(x_R1, weight_1N, begin, end, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)
+            total_RN += _sum_split(x_R1, has_row_R1, weight_1N, begin, end, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)
         _store(y, total_RN, bias, r_R, n_N, n_rows, n_outputs, y_row, HAS_BIAS, ONTO)
     else:
         split = tl.program_id(1)
         begin = split * share
         end = tl.minimum(begin + share, n_inputs)
-        sum_RN = _sum_split(x_R1, weight_1N, begin, end, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)
+        sum_RN = _sum_split(x_R1, has_row_R1, weight_1N, begin, end, BLOCK_R, BLOCK_N, BLOCK_E, EVEN)
         i_RN = tl.arange(0, BLOCK_R)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         at_RN = parts + tile.to(tl.int64) * (SPLITS * BLOCK_R * BLOCK_N) + i_RN
         here = (r_R < n_rows)[:, None] & (n_N >= 0)[None, :]

@@ -73,4 +73,5 @@ def choose_shape(rows: int, outputs: int, inputs: int, itemsize: int) -> Shape:
         return Shape(32, block_n, 32, splits, apart, 4, 3)
     if rows <= FEW_ROWS:
         return Shape(64, block_n, 64, splits, apart, 4, 6 if block_n > 64 else 7, AHEAD_E if inputs >= AHEAD_E else 0)
-    return Shape(128, 128, 64, splits, False, 8, 4)
+    # A program has one sum at a time in registers, and with splits the sum of the splits besides.
+    return Shape(128, 256, 64, 1, False, 8, 3) if splits == 1 else Shape(128, 128, 64, splits, False, 8, 4)
