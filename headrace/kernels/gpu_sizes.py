@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,7 +31,25 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 2**10
 
 
-@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may begin before the one before it has ended (programmatic dependent launch)."""
+    return not _apart and _can_overlap(device)
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_apart = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within, launches wait for the one before them: to measure what overlapping brings."""
+    global _apart
+    _apart, before = True, _apart
+    try:
+        yield
+    finally:
+        _apart = before

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
+from headrace.kernels import gpu_sizes
 from headrace.kernels.adapt import Factors
 from headrace.kernels.adapt.gpu import adapt_gpu_
 from headrace.kernels.advance import Advanced, Clocks
@@ -34,10 +35,10 @@ from headrace.kernels.project_fp8 import gpu as project_fp8
 from headrace.kernels.project_int4 import gpu as project_int4
 from headrace.kernels.report import Priced
 from headrace.kernels.report.gpu import report_gpu
-from headrace.kernels.rms_norm import gpu as rms_norm
+from headrace.kernels.rms_norm.gpu import rms_norm_gpu
 from headrace.kernels.rotary.gpu import rotate_gpu_
-from headrace.kernels.silu_mul import gpu as silu_mul
-from headrace.kernels.turn import gpu as turn
+from headrace.kernels.silu_mul.gpu import silu_mul_gpu
+from headrace.kernels.turn.gpu import turn_gpu
 from headrace.kernels.walk import Drafts, Walks
 from headrace.kernels.walk.gpu import walk_gpu
 from headrace.step import RowTable, Turn
@@ -84,14 +85,13 @@ def ints(*shape: int) -> torch.Tensor:
 
 def launch_all() -> None:
     # As on a chip that can: launches overlap.
-    for module in (gpu, project, rms_norm, silu_mul, turn):
-        module.overlaps = lambda device: True
+    gpu_sizes._can_overlap = lambda device: True
     for dtype in (torch.float32, torch.bfloat16):
         for heads, width in ((1, 1), (8, 128), (1, 4096)):
-            rms_norm.rms_norm_gpu(torch.ones(3, heads, width, dtype=dtype), torch.ones(heads, width, dtype=dtype), 1e-6)
+            rms_norm_gpu(torch.ones(3, heads, width, dtype=dtype), torch.ones(heads, width, dtype=dtype), 1e-6)
             twice = torch.ones(3, 1, 2 * width, dtype=dtype)
             rotate_gpu_(torch.ones(3, heads, 2 * width, dtype=dtype), twice, twice)
-            silu_mul.silu_mul_gpu(torch.ones(3, 2 * width, dtype=dtype))
+            silu_mul_gpu(torch.ones(3, 2 * width, dtype=dtype))
     for rows, vocab, dtype, nth in ((1, 1, torch.float32, 1), (3, 5000, torch.bfloat16, ints(3))):
         filters = DrawParams(torch.ones(rows), ints(rows), torch.ones(rows), torch.zeros(rows))
         logits = torch.zeros(rows, vocab, dtype=dtype)
@@ -245,7 +245,7 @@ def turn_all() -> None:
                 table = torch.zeros(9, size // 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
                 work = Turn(qkv, heads, kv_heads, norm, table, table, ints(rows))
                 pools = [torch.zeros(kv_heads, 3, 16, size, dtype=dtype) for _ in "kv"]
-                turn.turn_gpu(work, *pools, torch.zeros(rows, dtype=torch.int64))
+                turn_gpu(work, *pools, torch.zeros(rows, dtype=torch.int64))
 
 
 def attend_once(

@@ -22,7 +22,7 @@ from torch import Tensor
 from headrace.kernels.project import gpu, gpu_shape
 from headrace.kernels.project import project as composed
 from headrace.kernels.project import project_onto as composed_onto
-from headrace.kernels.project.gpu_shape import FOLD_NORM_ROWS, MAX_ROWS, Shape
+from headrace.kernels.project.gpu_shape import MAX_ROWS, Shape
 from headrace.kernels.project.reference import project_onto_reference, project_reference
 from headrace.layers import linear
 from headrace.models.checkpoint import load_model
@@ -61,14 +61,12 @@ def whole_numbers(seed: int, *shape: int, dtype: torch.dtype, most: int) -> Tens
 
 def draw_sizes(data: st.DataObject, gated: bool) -> tuple[int, int, int, Shape | None]:
     """Rows, outputs, inputs, and the cut: the chosen or any other."""
-    rows = data.draw(
-        st.sampled_from([1, 1, 2, 3, FOLD_NORM_ROWS, FOLD_NORM_ROWS + 1, 9, MAX_ROWS, MAX_ROWS + 1]), "rows"
-    )
+    rows = data.draw(st.sampled_from([1, 1, 1, 2, 3, 9, MAX_ROWS, MAX_ROWS + 1]), "rows")
     results = data.draw(st.one_of(st.integers(1, 50), st.sampled_from([64, 130, 300])), "results")
     inputs = data.draw(st.one_of(st.integers(1, 70), st.sampled_from([128, 600, 1024, 2500])), "inputs")
     shape = None
     if data.draw(st.booleans(), "own cut"):
-        is_row = rows == 1 and data.draw(st.booleans(), "multiply and sum")
+        is_row = rows == 1 and data.draw(st.sampled_from([False, False, True]), "multiply and sum")
         shape = Shape(
             is_row,
             block_n=data.draw(st.sampled_from([1, 2, 8] if is_row else [16, 32, 64]), "block_n"),
@@ -109,7 +107,8 @@ def check_exact_sums(events: Counter[str], data: st.DataObject) -> None:
     expected_RN = project_reference(x_RE.double(), weight_NE.double(), None if bias_N is None else bias_N.double())
     assert expected_RN.abs().max() < 256
     assert torch.equal(got_RN.cpu().double(), expected_RN)
-    project_onto_reference(y_RN, x_RE, weight_NE, bias_N)
+    # torch 2.13 multiplies an odd number of bfloat16 with what lies behind them, which is NaN here, and zero.
+    project_onto_reference(y_RN, x_RE.contiguous(), weight_NE.contiguous(), bias_N)
     assert torch.equal(sum_RN.cpu(), y_RN)
     if sum_RN._base is not None and layouts[1] != "plain":
         assert int(sum_RN._base.isnan().sum()) == 2 * y_RN.numel(), "wrote beside the view"
@@ -152,8 +151,9 @@ def check_norm_and_gate(events: Counter[str], data: st.DataObject) -> None:
     bound = TOLERANCE[dtype] * (1 + exact_RN.abs().max())
     torch.testing.assert_close(got_RN.cpu().double(), exact_RN, rtol=TOLERANCE[dtype], atol=float(bound))
     count(events, rows, shape or gpu.shape_of(x_RE, weight_NE, gated=gated))
-    events["norm in the kernel, several rows"] += normed and 1 < rows <= FOLD_NORM_ROWS
-    events["norm in front"] += normed and rows > FOLD_NORM_ROWS
+    is_row = (shape or gpu.shape_of(x_RE, weight_NE, gated=gated)).is_row
+    events["norm in the kernel"] += normed and is_row
+    events["norm in front"] += normed and not is_row
     events["gated with norm"] += normed and gated
     events["gated with bias"] += gated and bias_N is not None
     events[str(dtype)] += 1

@@ -14,14 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.gpu_sizes import processors, shared_bytes
+from headrace.kernels.gpu_sizes import apart, processors, shared_bytes
 from headrace.kernels.project import gpu
 from headrace.kernels.project.gpu_shape import Shape, block_rows
 from headrace.kernels.rms_norm.gpu import rms_norm_gpu
@@ -137,17 +136,6 @@ def _replay_us(call: Callable[[], object], seconds: float) -> float:
     return replay_ms(count) / count * 1e3
 
 
-@contextmanager
-def no_overlap() -> Iterator[None]:
-    """Launches wait for the one before them."""
-    overlaps = gpu.overlaps
-    gpu.overlaps = lambda device: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        gpu.overlaps = overlaps
-
-
 def describe(shape: Shape) -> str:
     """A cut in one word."""
     form = "row" if shape.is_row else "tile"
@@ -171,7 +159,7 @@ def benchmark(
             work = make_work(MODELS[model][name], n, torch.device("cuda"), weights)
             weights = work.weights
             us = work.us(work.fused, seconds)
-            with no_overlap():
+            with apart():
                 apart_us = work.us(work.fused, seconds)
             composed_us = work.us(work.composed, seconds)
             row = {
@@ -218,7 +206,7 @@ def benchmark_chain(
                     x.addmm_(silu_mul_gpu(F.linear(rms_norm_gpu(x, norm, EPS), gate_up)), down.t())
 
             us = _replay_us(fused, seconds) / layers
-            with no_overlap():
+            with apart():
                 apart_us = _replay_us(fused, seconds) / layers
             row = {
                 "model": model,

@@ -13,7 +13,6 @@ from torch import Tensor
 from headrace.kernels.gpu_sizes import next_power, overlaps, processors, shared_bytes
 from headrace.kernels.project.gpu_shape import (
     CACHE_LINE,
-    FOLD_NORM_ROWS,
     MAX_ROWS,
     Chip,
     Product,
@@ -25,8 +24,6 @@ from headrace.kernels.rms_norm.gpu import rms_norm_gpu
 
 TYPES = (torch.bfloat16, torch.float16)
 """Element types that the kernels know."""
-_NORM_ELEMENTS = 128
-"""Elements of x that a thread holds at a time to find the scales of the rows."""
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 """By device and address of a weight, int32: how many splits of each block of results have arrived. Zero between
@@ -76,7 +73,9 @@ def project_gpu(
     shape: Shape | None = None,
 ) -> Tensor:
     """See `headrace.kernels.project.project`; `takes` has checked the tensors. `shape`: a cut other than the chosen."""
-    if norm is not None and x_RE.shape[0] > FOLD_NORM_ROWS:
+    shape = shape or shape_of(x_RE, weight_NE, gated=gated)
+    if norm is not None and not shape.is_row:
+        # Every program would have to find the scales of all rows.
         x_RE, norm = rms_norm_gpu(x_RE, *norm), None
     results = weight_NE.shape[0] // (2 if gated else 1)
     y_RN = x_RE.new_empty((x_RE.shape[0], results))
@@ -88,6 +87,7 @@ def project_onto_gpu(
     y_RN: Tensor, x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor | None = None, *, shape: Shape | None = None
 ) -> None:
     """See `headrace.kernels.project.project_onto`; `takes_onto` has checked the tensors."""
+    shape = shape or shape_of(x_RE, weight_NE, gated=False)
     _launch(y_RN, x_RE, weight_NE, bias_N, None, shape, onto=True, gated=False)
 
 
@@ -104,7 +104,7 @@ def _launch(
     weight_NE: Tensor,
     bias_N: Tensor | None,
     norm: tuple[Tensor, float] | None,
-    shape: Shape | None,
+    shape: Shape,
     *,
     onto: bool,
     gated: bool,
@@ -115,7 +115,6 @@ def _launch(
         x_RE = x_RE.contiguous()
     rows, results = y_RN.shape
     inputs = x_RE.shape[1]
-    shape = shape or shape_of(x_RE, weight_NE, gated=gated)
     blocks = -(-results // shape.block_n)
     block_r = 1 if shape.is_row else block_rows(rows)
     parts, arrived_T = y_RN, y_RN  # a kernel wants a tensor for what it does not read
@@ -124,16 +123,7 @@ def _launch(
         parts = y_RN.new_empty(floats, dtype=torch.float32)
         arrived_T = _counters_of(weight_NE, blocks)
     overlap = overlaps(x_RE.device)
-    tensors = (
-        y_RN,
-        x_RE,
-        weight_NE,
-        y_RN if bias_N is None else bias_N.contiguous(),
-        y_RN if norm is None else norm[0].contiguous(),
-        parts,
-        arrived_T,
-    )
-    eps = 0.0 if norm is None else norm[1]
+    bias = y_RN if bias_N is None else bias_N.contiguous()
     lines = shape.ahead_e * x_RE.dtype.itemsize // CACHE_LINE
     options = {
         "BLOCK_N": shape.block_n,
@@ -142,7 +132,6 @@ def _launch(
         "AHEAD": next_power(lines + 1) // 2 * (CACHE_LINE // x_RE.dtype.itemsize) if overlap else 0,
         "EVEN": inputs % shape.block_e == 0,
         "HAS_BIAS": bias_N is not None,
-        "HAS_NORM": norm is not None,
         "ONTO": onto,
         "GATED": gated,
         "OVERLAP": overlap,
@@ -152,18 +141,36 @@ def _launch(
     }
     grid = (blocks, shape.splits)
     if shape.is_row:
-        multiply_row[grid](*tensors, results, inputs, weight_NE.stride(0), eps, BLOCK_ALL=next_power(inputs), **options)
+        multiply_row[grid](
+            y_RN,
+            x_RE,
+            weight_NE,
+            bias,
+            y_RN if norm is None else norm[0].contiguous(),
+            parts,
+            arrived_T,
+            results,
+            inputs,
+            weight_NE.stride(0),
+            0.0 if norm is None else norm[1],
+            BLOCK_ALL=next_power(inputs),
+            HAS_NORM=norm is not None,
+            **options,
+        )
     else:
         multiply_tile[grid](
-            *tensors,
+            y_RN,
+            x_RE,
+            weight_NE,
+            bias,
+            parts,
+            arrived_T,
             rows,
             results,
             inputs,
             weight_NE.stride(0),
             x_RE.stride(0),
             y_RN.stride(0),
-            eps,
-            BLOCK_ALL=min(next_power(inputs), max(shape.n_warps * 32 * _NORM_ELEMENTS // block_r, 16)) if norm else 16,
             BLOCK_R=block_r,
             STAGES=shape.n_stages,
             **options,

@@ -2,8 +2,8 @@
 
 A program owns a block of results (of a gated product the same block of gates and of ups) and goes over the inputs, or
 over its split of them. The splits of a block leave float32 parts; the last program to arrive adds them in the order of
-the splits, so the sum depends on no race. A norm is folded in: a program finds the scales of all rows first, then
-normalises and rounds tile by tile.
+the splits, so the sum depends on no race. Of one row the norm is folded in: a program finds the row's scale first,
+then normalises and rounds tile by tile.
 
 With OVERLAP a program starts while the kernel before it still runs: until `gdc_wait` it touches weights only, which no
 kernel writes. Letters: R rows, E inputs, N results.
@@ -211,7 +211,6 @@ def multiply_tile(
     x_RE,
     weight_NE,
     bias_N,
-    norm_E,
     parts,
     arrived_T,
     n_rows,
@@ -220,17 +219,14 @@ def multiply_tile(
     weight_row,
     x_row,
     y_row,
-    eps,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_ALL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     ONTO: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -262,14 +258,6 @@ def multiply_tile(
     if ONTO:
         here_NR = (n_N[:, None] < n_results) & (r_1R < n_rows)
         old_NR = tl.load(y_RN + r_1R.to(tl.int64) * y_row + n_N[:, None], mask=here_NR, other=0.0)
-    if HAS_NORM:
-        i_1A = tl.arange(0, BLOCK_ALL)[None, :]
-        total_R = tl.zeros((BLOCK_R,), tl.float32)
-        for at in tl.range(0, n_inputs, BLOCK_ALL, num_stages=2):
-            here_RA = (r_R1 < n_rows) & (at + i_1A < n_inputs)
-            part_RA = tl.load(x_R1 + (at + i_1A), mask=here_RA, other=0.0).to(tl.float32)
-            total_R += tl.sum(part_RA * part_RA, 1)
-        scale_R1 = (1.0 / tl.sqrt(total_R / n_inputs + eps))[:, None]
     i_1E = tl.arange(0, BLOCK_E)[None, :]
     sum_NR = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     up_sum_NR = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -279,10 +267,6 @@ def multiply_tile(
         if not EVEN:
             here_RE = here_RE & (at + i_1E < end)
         x_tile_RE = tl.load(x_R1 + (at + i_1E), mask=here_RE, other=0.0)
-        if HAS_NORM:
-            # Once a row, so that a thread has enough bytes to copy: smaller loads would not run ahead of the products.
-            norm_RE = tl.load(norm_E + (r_R1 * 0 + at + i_1E), mask=here_RE, other=0.0).to(tl.float32)
-            x_tile_RE = (x_tile_RE.to(tl.float32) * scale_R1 * norm_RE).to(x_RE.dtype.element_ty)
         sum_NR = tl.dot(gate_NE, tl.trans(x_tile_RE), sum_NR)
         if GATED:
             up_NE = _weights(up_N1, at, end, BLOCK_E, EVEN)

@@ -11,48 +11,54 @@ from typing import NamedTuple
 
 from headrace.kernels.gpu_sizes import next_power
 
-CHOSEN_ROWS = 0
-"""Rows up to which the kernel is chosen before the library's product: none until it has been timed on the chips that it
-is for. `benchmark_gpu` shows where it is faster."""
 MAX_ROWS = 16
-"""Rows above which the library's product runs whatever was chosen; the kernel itself takes up to 64."""
+"""Rows above which the library's product is as fast or faster (an H200, 8 and 64 rows)."""
+CHOSEN_ROWS = MAX_ROWS
+"""Rows up to which the kernel is chosen before the library's product."""
 MOST_ROWS = 64
 """Rows that the kernel can take."""
-FOLD_NORM_ROWS = 4
-"""Rows up to which every program normalises x for itself; above, reading x twice costs more than a launch."""
 ROW_FORM_ROWS = 1
 """Rows up to which products are multiplied and summed; above, they go to the tensor cores. At most 1."""
-AHEAD_BYTES = 2**15
-"""Bytes of weights that a program asks the L2 cache for while the kernel before it still runs."""
 CACHE_LINE = 128
 """Bytes."""
 
 # One row: a program holds a tile of weights, the next tile and as many sums in registers.
-ROW_TILE_BYTES = 2**14
-"""Bytes of a tile of weights; gate and up share it."""
-ROW_BLOCK_E = 1024
-"""Most inputs of a tile, where there are outputs enough."""
-ROW_WIDE_E = 4096
-"""Most inputs of a tile, where fewer outputs of a program fill the chip better."""
+ROW_BLOCK_N = 8
+"""Results of a program."""
 ROW_SMALL_N = 2
-"""Smallest number of results of a program."""
+"""Smallest number of results of a program, where there are few results."""
+ROW_TILE = 2**12
+"""Elements of a tile of weights; gate and up share it."""
+ROW_WIDE_TILE = 2**13
+"""The same where there are few results."""
 ROW_WARPS = 4
-ROW_PROGRAMS = 3
-"""Programs to have ready for each processor before inputs are no longer split."""
-
-# Several rows: tiles of weights go through shared memory, one a stage.
-TILE_BLOCK_N = 64
-TILE_SMALL_N = 16
-"""Smallest number of outputs of a program, where there are few outputs."""
-TILE_BLOCK_E = 128
-TILE_WARPS = 4
-TILE_STAGE_BYTES = 6 * 2**14
-"""Bytes of all stages of a program: two programs of 64 x 128 tiles in 16 bits share a processor."""
-TILE_PROGRAMS = 2
-MAX_STAGES = 8
-MIN_SPLIT_TILES = 4
-"""Tiles of inputs that a split is made for."""
+ROW_PROGRAMS = 2
+"""Programs to have for each processor before one takes fewer results."""
+ROW_MOST_PROGRAMS = 2**13
+"""Programs above which one row goes to the tensor cores, too, whose programs take longer."""
 MAX_SPLITS = 16
+
+
+class TileForm(NamedTuple):
+    """How several rows are multiplied: tiles of weights go through shared memory, one a stage."""
+
+    block_n: int
+    """Outputs of a program; gates and ups both count."""
+    block_e: int
+    n_warps: int
+    n_stages: int
+    programs: float
+    """Programs to have for each processor before the inputs are split."""
+    split_tiles: int
+    """Tiles of inputs that a split is made for."""
+
+
+STREAM = TileForm(16, 128, 1, 4, 2.5, 8)
+"""Many small programs, none of which waits for another warp."""
+NARROW = TileForm(32, 256, 4, 7, 0.75, 1)
+"""Fewer results than 16 a processor."""
+WIDE = TileForm(64, 128, 4, 5, 0.75, 4)
+"""Rows above MAX_ROWS."""
 
 
 class Product(NamedTuple):
@@ -98,35 +104,37 @@ def block_rows(rows: int) -> int:
 
 
 def choose_shape(product: Product, chip: Chip) -> Shape:
-    """The cut of a product of 1 to `MOST_ROWS` rows."""
+    """The cut of a product of 1 to `MOST_ROWS` rows. The numbers are from sweeps on an H200; see `benchmark_gpu`."""
     results = product.outputs // 2 if product.gated else product.outputs
-    if product.rows <= ROW_FORM_ROWS:
-        block_e = min(next_power(product.inputs), ROW_BLOCK_E)
-        block_n = max(ROW_TILE_BYTES // (block_e * product.itemsize * _weights(product)), 1)
-        wanted = chip.processors * ROW_PROGRAMS
+    if product.rows <= ROW_FORM_ROWS and results <= ROW_BLOCK_N * ROW_MOST_PROGRAMS:
+        return _row_shape(product, results, chip)
+    form = WIDE if product.rows > MAX_ROWS else NARROW if results <= 16 * chip.processors else STREAM
+    block_n = max(form.block_n // _weights(product), 16)
+    block_e = min(max(next_power(product.inputs), 16), form.block_e)
+    stage = (block_n * _weights(product) + block_rows(product.rows)) * block_e * product.itemsize
+    tiles = -(-product.inputs // block_e)
+    blocks = -(-results // block_n)
+    splits = 1
+    while (
+        blocks * splits < chip.processors * form.programs
+        and 2 * splits <= MAX_SPLITS
+        and tiles >= 2 * splits * form.split_tiles
+    ):
+        splits *= 2
+    ahead = min(block_e, -(-tiles // splits) * block_e)
+    n_stages = max(2, min(form.n_stages, chip.shared_bytes // stage))
+    return Shape(False, block_n, block_e, splits, form.n_warps, n_stages, ahead)
+
+
+def _row_shape(product: Product, results: int, chip: Chip) -> Shape:
+    block_n, tile = ROW_BLOCK_N, ROW_TILE
+    wanted = chip.processors * ROW_PROGRAMS
+    if -(-results // block_n) < wanted:
+        tile = ROW_WIDE_TILE
         while -(-results // block_n) < wanted and block_n > ROW_SMALL_N:
             block_n //= 2
-            block_e = min(2 * block_e, ROW_WIDE_E, next_power(product.inputs))
-        n_warps, n_stages = ROW_WARPS, 1
-    else:
-        block_e = min(max(next_power(product.inputs), 16), TILE_BLOCK_E)
-        block_n = TILE_BLOCK_N // _weights(product)
-        wanted = chip.processors * TILE_PROGRAMS
-        n_warps = TILE_WARPS
-        # Narrower blocks fill the chip up to where reading x for each of them costs as much as the weights.
-        while -(-results // block_n) < wanted // 2 and block_n > max(TILE_SMALL_N, 2 * product.rows):
-            block_n //= 2
-        stage = (block_n * _weights(product) + block_rows(product.rows)) * block_e * product.itemsize
-        n_stages = max(2, min(min(TILE_STAGE_BYTES, chip.shared_bytes) // stage, MAX_STAGES))
-    tiles = -(-product.inputs // block_e)
-    splits = 1
-    while -(-results // block_n) * splits < wanted and splits < MAX_SPLITS and tiles >= 2 * splits * MIN_SPLIT_TILES:
-        splits *= 2
-    ahead = AHEAD_BYTES // (block_n * _weights(product) * product.itemsize)
-    is_row = product.rows <= ROW_FORM_ROWS
-    # The form for one row has its first tile on the way already.
-    left = -(-tiles // splits) * block_e - (block_e if is_row else 0)
-    return Shape(is_row, block_n, block_e, splits, n_warps, n_stages, min(ahead, left))
+    block_e = min(next_power(product.inputs), tile // (block_n * _weights(product)))
+    return Shape(True, block_n, block_e, 1, ROW_WARPS, 1, 0)
 
 
 def _weights(product: Product) -> int:
