@@ -132,11 +132,11 @@ def cuts(rows: int) -> Iterator[Shape]:
             r, n, e, warps, stages = tile
             yield Shape(r, n, e, splits, False, warps, stages)
         return
-    tiles = ((128, 64, 6), (64, 64, 8), (128, 128, 4), (128, 64, 4), (256, 64, 4))
+    tiles = ((64, 128, 5), (128, 64, 6), (64, 64, 8), (128, 128, 4), (128, 64, 4))
     for splits, (n, e, stages) in itertools.product((1, 2, 3, 4, 6, 8), tiles):
         yield Shape(64, n, e, splits, splits > 1, 4, stages, 256)
-    yield Shape(64, 128, 64, 4, True, 4, 6, 0)
-    yield Shape(64, 128, 64, 4, True, 4, 6, 1024)
+    yield Shape(64, 64, 128, 2, True, 4, 5, 0)
+    yield Shape(64, 64, 128, 2, True, 4, 5, 1024)
 
 
 def sweep(models: Sequence[str], names: Sequence[str], rows: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,10 @@ FEW_ROWS = 256
 WANTED = 128
 """Programs to have for few rows: about one a processor. A number of its own, so that results follow from no chip."""
 MAX_SPLITS = 8
+FEW_BLOCK_N = 64
+"""Outputs of a program for few rows of 16-bit numbers. Splits follow from it, so it changes bits."""
+EXACT_BLOCK_N = 32
+"""The same in float32, for any number of rows."""
 AHEAD_E = 256
 """See `Shape.ahead_e`; for few rows of 16-bit numbers."""
 MIN_SPLIT_E = 256
@@ -48,16 +52,9 @@ class Shape(NamedTuple):
     """Blocks of rows that go over the outputs together, so that their inputs stay in the L2 cache."""
 
 
-def block_outputs(outputs: int, itemsize: int) -> int:
-    """Outputs of a program for few rows."""
-    if itemsize > 2:
-        return 32
-    return 128 if outputs > 2048 else 64
-
-
 def choose_splits(outputs: int, inputs: int, itemsize: int) -> int:
     """Splits of the inputs, from the weight alone: enough programs for few rows, a power of two."""
-    blocks = -(-outputs // block_outputs(outputs, itemsize))
+    blocks = -(-outputs // (FEW_BLOCK_N if itemsize <= 2 else EXACT_BLOCK_N))
     splits = 1
     while blocks * splits * 2 <= WANTED * 5 // 4 and splits < MAX_SPLITS and inputs >= 2 * splits * MIN_SPLIT_E:
         splits *= 2
@@ -67,11 +64,10 @@ def choose_splits(outputs: int, inputs: int, itemsize: int) -> int:
 def choose_shape(rows: int, outputs: int, inputs: int, itemsize: int) -> Shape:
     """The cut of a product."""
     splits = choose_splits(outputs, inputs, itemsize)
-    block_n = block_outputs(outputs, itemsize)
     apart = splits > 1 and rows <= FEW_ROWS
     if itemsize > 2:
-        return Shape(32, block_n, 32, splits, apart, 4, 3)
+        return Shape(32, EXACT_BLOCK_N, 32, splits, apart, 4, 3)
     if rows <= FEW_ROWS:
-        return Shape(64, block_n, 64, splits, apart, 4, 6 if block_n > 64 else 7, AHEAD_E if inputs >= AHEAD_E else 0)
+        return Shape(64, FEW_BLOCK_N, 128, splits, apart, 4, 5, AHEAD_E if inputs >= AHEAD_E else 0)
     # A program has one sum at a time in registers, and with splits the sum of the splits besides.
     return Shape(128, 256, 64, 1, False, 8, 3) if splits == 1 else Shape(128, 128, 64, splits, False, 8, 4)
