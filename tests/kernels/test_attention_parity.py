@@ -115,10 +115,9 @@ def test_without_parity_bits_differ_on_the_cpu(events: Counter[str]) -> None:
     events["rows that differ"] += differing(cache, by_package, CONTEXTS, parity=False)[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("geometry", [(32, 8, 128), (16, 8, 128), (7, 1, 64), (8, 4, 256), (4, 4, 80)])
-@pytest.mark.parametrize("joined", [True, False], ids=["joined", "any rows"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", [(32, 8, 128), (16, 8, 128), (7, 1, 64), (8, 4, 256)])
+@pytest.mark.parametrize(("name", "joined"), [*((name, True) for name in OPTIONS), ("all slots", False)])
 @pytest.mark.skipif(not HAS_GPU, reason="what a GPU's instructions add up first is known to the GPU only")
 def test_bits_on_the_gpu(
     name: str,
@@ -133,9 +132,8 @@ def test_bits_on_the_gpu(
     rows, bad = differing(cache, by_package, CONTEXTS, **OPTIONS[name])
     assert not bad, f"{bad} of {rows} rows"
     events["rows"] += rows
-    others = differing(cache, by_package, CONTEXTS, parity=False, **OPTIONS[name])[1]
-    if others:
-        events["rows that differ without"] += others
+    if name == "all slots" and dtype == torch.bfloat16:
+        events["rows that differ without"] += differing(cache, by_package, CONTEXTS, parity=False)[1]
 
 
 @pytest.mark.parametrize(("joined", "window"), [(True, 0), (True, 20), (False, 30)])
