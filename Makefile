@@ -23,7 +23,7 @@ PYTEST_ARGS ?=
 CORES ?= 2
 JOBS ?= 8
 # The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = $(addprefix tests/,engine/test_law_one.py engine/test_fork.py engine/test_urgency.py engine/test_swap.py \
+SUITES = $(addprefix tests/,engine/test_law_one.py engine/test_pieces.py engine/test_fork.py engine/test_urgency.py engine/test_swap.py \
     engine/test_parity_mode.py decoding eviction state codecs selection lora/test_lora_law_one.py)
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"

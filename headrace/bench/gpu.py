@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="also show where the time of a step goes, for decode and prefill; FILE: keep the traces beside it, "
+        help="also show where the time of a step goes, for decode, mixed and prefill; FILE: keep the traces beside it, "
         "FILE-geometry-workload.json, for a viewer",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file, row by row")
@@ -152,9 +152,10 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     if arguments.device == "cpu":
         raise ConfigError("--trace looks at the kernels of a GPU, and --device is cpu: leave one of them out")
-    if not {"decode", "prefill"} & set(arguments.workload):
+    if not {"decode", *TRACES} & set(arguments.workload):
         raise ConfigError(
-            f"--trace looks at decode and prefill; asked for: {', '.join(arguments.workload)}: leave it out, or add one"
+            f"--trace looks at decode, mixed and prefill; asked for: {', '.join(arguments.workload)}: leave it out, or "
+            "add one"
         )
 
 
@@ -254,9 +255,9 @@ def _measure(
         with report.part(name, workload):
             for figure in MEASURES[workload](rig, name):
                 report.add(figure)
-        if traced and workload == "prefill":
-            with report.part(name, "trace of prefill"):
-                _trace_prefill(report, rig, name, arguments.trace)
+        if traced and workload in TRACES:
+            with report.part(name, f"trace of {workload}"):
+                TRACES[workload](report, rig, name, arguments.trace)
     with report.part(name, "end"):
         rig.llm.engine.check_idle()
         rig.close()
@@ -354,6 +355,9 @@ def _start(path: Path, device: str, cache: str) -> tuple[float, str]:
 
 TRACED_DECODE_STEPS = 48
 TRACED_PREFILL_STEPS = 6
+TRACED_MIXED_STEPS = 64
+MIXED_SETTLED = 150
+"""Steps of the mixed workload after which requests end and others begin all the time."""
 
 
 def _trace_decode(report: Report, rig: Rig, name: str, decode: Decode, file: str) -> None:
@@ -366,11 +370,23 @@ def _trace_decode(report: Report, rig: Rig, name: str, decode: Decode, file: str
 
 def _trace_prefill(report: Report, rig: Rig, name: str, file: str) -> None:
     prompt = SIZES.prefill[1]
-    steps = 2 * TRACED_PREFILL_STEPS + trace.UNSETTLED + 4
+    steps = 3 * TRACED_PREFILL_STEPS + trace.UNSETTLED + 5
     works = rig.fixed(-(-steps * rig.llm.engine.budget // prompt), prompt, 1, seed=6)
     title = f"{name}, prefill of {prompt}, steps of {rig.llm.engine.budget} rows"
     target = _trace_file(file, f"{name}, prefill {prompt}")
     report.add_trace(title, trace.trace(rig.llm, works, steps=TRACED_PREFILL_STEPS, decode=False, file=target))
+
+
+def _trace_mixed(report: Report, rig: Rig, name: str, file: str) -> None:
+    works = rig.mixed(2 * SIZES.mixed[0], seed=7)
+    title = f"{name}, mixed {SIZES.mixed[0]}"
+    found = trace.trace(
+        rig.llm, works, steps=TRACED_MIXED_STEPS, decode=False, after=MIXED_SETTLED, file=_trace_file(file, title)
+    )
+    report.add_trace(title, found)
+
+
+TRACES: dict[str, Callable[[Report, Rig, str, str], None]] = {"mixed": _trace_mixed, "prefill": _trace_prefill}
 
 
 def _trace_file(file: str, title: str) -> Path | None:

@@ -165,7 +165,14 @@ class Report:
             for figure in self.figures
         ]
         traces = [
-            {"title": title, "plain_ms": traced.plain_ms, "guessed": traced.guessed, **_plain(traced.costs)}
+            {
+                "title": title,
+                "plain_ms": traced.plain_ms,
+                "guessed": traced.guessed,
+                "times": traced.times and traced.times._asdict(),
+                "narrow_only": traced.without and traced.without._asdict(),
+                **_plain(traced.costs),
+            }
             for title, traced in self.traces
         ]
         peer = None if self.on_cpu else {"engine": PEER, "machine": PEER_MACHINE, "date": PEER_DATE}

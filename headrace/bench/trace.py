@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from headrace.bench.report import table
 from headrace.bench.workload import Work
+from headrace.engine.engine import Engine
+from headrace.engine.runner import Granted, ProcessorRequests, StepReport
 from headrace.llm import LLM
 from headrace.params import SamplingParams
 
@@ -180,6 +182,19 @@ def median_and_p95(values: Sequence[float]) -> tuple[float, float]:
     return statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1]
 
 
+class Times(NamedTuple):
+    """Steps without the profiler: milliseconds a step."""
+
+    plain_ms: float
+    """From one step to the next."""
+    host_ms: float
+    """The host is busy with it, and does not wait for the device."""
+    launch_ms: float
+    """Of these the building and launching of what the step runs."""
+    wide: float = 0.0
+    """Share of the steps that were replayed although they are wide or odd: whole, or their forward in pieces."""
+
+
 class Traced(NamedTuple):
     """What a trace found."""
 
@@ -188,11 +203,14 @@ class Traced(NamedTuple):
     """Milliseconds of a step without the profiler."""
     guessed: int
     """See `Steps`."""
+    times: Times | None = None
+    without: Times | None = None
+    """Of steps like these when wide ones are not recorded; None: not measured."""
 
 
 def describe(traced: Traced, title: str) -> str:
     """Markdown: one paragraph on the step, one table of kernels."""
-    costs, plain_ms, guessed = traced
+    costs, plain_ms, guessed = traced[:3]
     gap_us, gap95_us = median_and_p95(costs.gaps_us)
     busy_ms = statistics.fmean(costs.busy_us) / 1e3
     lines = [
@@ -207,6 +225,14 @@ def describe(traced: Traced, title: str) -> str:
         "",
         table(kernel_rows(costs)),
     ]
+    if traced.times is not None:
+        mine, other = traced.times, traced.without
+        told = f"The host is busy for {mine.host_ms:.2f} ms of a step, {mine.launch_ms:.2f} of them to launch it"
+        if mine.wide:
+            told += f", and {mine.wide:.0%} of the steps are recorded wide ones"
+        if other is not None:
+            told += f"; if wide steps are not recorded, for {other.host_ms:.2f} ms of {other.plain_ms:.3f}"
+        lines[3:3] = [f"{told}."]
     if guessed:
         lines[3:3] = [
             f"The launches of {guessed} kernels and copies were not recorded: they count with their neighbours."
@@ -260,12 +286,70 @@ def queued(llm: LLM, works: Sequence[Work], temperature: float = 0.0) -> Iterato
     llm.engine.check_idle()
 
 
-def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Path | None = None) -> Traced:
-    """Time steps without the profiler, then record as many with it.
+def time_steps(engine: Engine, steps: int) -> Times:
+    """Run steps and time them, and the host's part of them."""
+    launch = engine.runner.launch
+    launched_s = waited_s = 0.0
+
+    def timed(granted: Sequence[Granted], processors: ProcessorRequests = ()) -> Callable[[], StepReport]:
+        nonlocal launched_s
+        began_s = time.perf_counter()
+        report = launch(granted, processors)
+        launched_s += time.perf_counter() - began_s
+
+        def wait() -> StepReport:
+            nonlocal waited_s
+            began_s = time.perf_counter()
+            result = report()
+            waited_s += time.perf_counter() - began_s
+            return result
+
+        return wait
+
+    replays = _wide_replays(engine)
+    engine.runner.launch = timed  # type: ignore[method-assign]
+    try:
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            engine.step()  # which waits for the step before, so it takes as long as a step
+        seconds = time.perf_counter() - start_s
+    finally:
+        del engine.runner.launch
+    wide = _wide_replays(engine) - replays
+    a_step = 1e3 / steps
+    return Times(seconds * a_step, (seconds - waited_s) * a_step, launched_s * a_step, wide / steps)
+
+
+def _wide_replays(engine: Engine) -> int:
+    graphs, pieces = engine.runner.graphs, engine.runner.pieces
+    return (graphs.wide_replays if graphs else 0) + (pieces.replays if pieces else 0)
+
+
+@contextmanager
+def _narrow_only(engine: Engine) -> Iterator[None]:
+    """Wide steps run as they are within."""
+    graphs, pieces = engine.runner.graphs, engine.runner.pieces
+    wide = graphs.wide if graphs else []
+    engine.runner.pieces = None
+    if graphs:
+        graphs.wide = []
+    try:
+        yield
+    finally:
+        engine.runner.pieces = pieces
+        if graphs:
+            graphs.wide = wide
+
+
+def trace(
+    llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, after: int = 2, file: Path | None = None
+) -> Traced:
+    """Time steps without the profiler, as many without recording wide ones, then profile as many.
 
     Args:
-        steps: of each kind. The requests must keep the engine busy for 2 steps + 12.
-        decode: begin when every request has its prompt behind it; otherwise after two steps.
+        steps: of each kind. The requests must keep the engine busy for 3 steps + 12.
+        decode: begin when every request has its prompt behind it; such steps are narrow.
+        after: otherwise begin after so many steps.
         file: where the trace goes in Chrome's format, for a viewer; None: nowhere.
 
     Raises RuntimeError if the requests end too early or the trace cannot be read.
@@ -275,13 +359,14 @@ def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Pa
         if decode:
             while engine.n_waiting or any(request.pending > 1 for request in engine.running):
                 engine.step()
-        for _ in range(8 if decode else 2):
+        for _ in range(8 if decode else after):
             engine.step()
         torch.cuda.synchronize()
-        start_s = time.perf_counter()
-        for _ in range(steps):
-            engine.step()  # which waits for the step before, so it takes as long as a step
-        plain_ms = (time.perf_counter() - start_s) / steps * 1e3
+        times, without = time_steps(engine, steps), None
+        if engine.runner.pieces is not None and not decode:
+            with _narrow_only(engine):
+                engine.step()
+                without = time_steps(engine, steps)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             for _ in range(UNSETTLED + steps):
                 if not engine.has_work:
@@ -293,4 +378,4 @@ def trace(llm: LLM, works: Sequence[Work], *, steps: int, decode: bool, file: Pa
         profiler.export_chrome_trace(str(target))
         events = json.loads(target.read_text(encoding="utf-8"))["traceEvents"]
     steps_of_trace, guessed = split_steps(events)
-    return Traced(measure(steps_of_trace[UNSETTLED:]), plain_ms, guessed)
+    return Traced(measure(steps_of_trace[UNSETTLED:]), times.plain_ms, guessed, times, without)

@@ -190,7 +190,8 @@ class CacheManager:
 
     def pool_slots(self, request: Request, ahead: int = 0) -> tuple[int, ...]:
         """Committed slots by pool that a running request has pages for, and `ahead` more."""
-        return tuple(request.slots(pool.group) + ahead for pool in self._plan)
+        n, dropped = request.n_done + ahead, request.dropped
+        return tuple([n - dropped[pool.group] for pool in self._plan]) if dropped else (n,) * len(self._plan)
 
     def prefix_pages(self, tokens: int) -> tuple[int, ...]:
         """Pages by pool that a request which begins with so many cached tokens has, those given back included."""

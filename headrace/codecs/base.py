@@ -43,6 +43,8 @@ class Codec(ABC):
     """The last so many tokens stay open when pages are sealed."""
     direct = False
     """Whether the planes are keys and values in the model's type."""
+    captures = True
+    """Whether `encode` may be recorded and replayed: it waits for nothing, and of the host it reads shapes alone."""
 
     def __init__(self, setup: Setup) -> None:
         """Raises ConfigError for a model's type or a page size that the codec cannot work with."""

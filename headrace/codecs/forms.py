@@ -4,6 +4,9 @@
 table. `Gathered` is right for every codec: in each layer the pages that the step's requests can see are decoded into a
 dense pool of the model's type, and the ordinary attention reads that. Its price is one pass over those pages a layer.
 
+A form writes the rows of a layer first, which depends on nothing but the rows and their places, and then reads, which
+depends on the requests of the step: so writing can be recorded with what the model does before it, whatever reads.
+
 Letters: R rows, B requests of the step (of a table: request indices), H query heads, K key/value heads, P pages of a
 pool, S slots in a page, D and Dv head sizes, T pages gathered.
 """
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention import AttentionPlan, AttentionRows, Chain, attend, plan_attention, write_kv
+from headrace.kernels.attention.squares import LEAST
 from headrace.kernels.turn import turn as turn_and_write
 from headrace.step import Turn
 
@@ -61,6 +65,11 @@ class Selection(Protocol):
 class Coding(Protocol):
     """What `Gathered` needs of a codec."""
 
+    @property
+    def captures(self) -> bool:
+        """See Codec."""
+        ...
+
     def encode(self, k_RKD: Tensor, v_RKD: Tensor) -> Sequence[Tensor]:
         """See Codec."""
         ...
@@ -77,15 +86,33 @@ class Form(ABC):
     """Whether a step may be recorded and replayed with other sizes: nothing waits for the device or reads `spans`."""
     parity = False
     """Whether it knows how to keep a row's bits from following from the other rows of the step."""
+    captures_writes = True
+    """Whether `write` may be recorded and replayed: it waits for nothing, and of the host it reads shapes alone."""
+    uncaptured_rows: int | None = None
+    """Rows of a request from which `read` has a faster way that cannot be recorded with other sizes; None: never."""
     turns = False
-    """Whether `attend` takes queries and keys as the product left them, with a `turn`."""
+    """Whether `write` takes queries and keys as the product left them, with a `turn`."""
 
     @abstractmethod
     def plan(self, step: GroupStep) -> Any:
         """Prepare a step of one group; all its layers use the result."""
 
     @abstractmethod
-    def attend(
+    def write(
+        self,
+        place_R: Tensor,
+        planes: Sequence[Sequence[Tensor]],
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        turn: Turn | None = None,
+    ) -> None:
+        """Write the rows' keys and values into the layer's planes, by class, at physical slots of the open one, int64.
+
+        `turn`: see StepContext; only a form with `turns` is given one.
+        """
+
+    @abstractmethod
+    def read(
         self,
         plan: Any,
         planes: Sequence[Sequence[Tensor]],
@@ -96,11 +123,11 @@ class Form(ABC):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
-        turn: Turn | None = None,
+        out_RHD: Tensor | None = None,
     ) -> Tensor:
-        """Write the rows' keys and values into the layer's planes, by class, then attend. Returns [R, H, Dv].
+        """Attend, once the rows are written. Returns [R, H, Dv].
 
-        `turn`: see StepContext; only a form with `turns` is given one.
+        `out_RHD`: where the result may be put, contiguous; a form that has no use for it returns another tensor.
         """
 
 
@@ -119,6 +146,7 @@ class Direct(Form):
     def __init__(self, device: torch.device) -> None:
         # On the CPU three operations over the rows of a step are faster than one that goes head by head.
         self.turns = device.type == "cuda"
+        self.uncaptured_rows = LEAST if device.type == "cuda" else None
 
     def plan(self, step: GroupStep) -> _DirectPlan:
         """The attention's own plan."""
@@ -129,7 +157,22 @@ class Direct(Form):
             plan_attention(step.rows, table_BP, step.kv_len_B, step.page_size, step.spans, step.chains, step.parity),
         )
 
-    def attend(
+    def write(
+        self,
+        place_R: Tensor,
+        planes: Sequence[Sequence[Tensor]],
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        turn: Turn | None = None,
+    ) -> None:
+        """As they are, or as they are turned."""
+        ((k_KPSD, v_KPSD),) = planes
+        if turn is None:
+            write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, place_R)
+        else:
+            turn_and_write(turn, k_KPSD, v_KPSD, place_R)
+
+    def read(
         self,
         plan: _DirectPlan,
         planes: Sequence[Sequence[Tensor]],
@@ -140,15 +183,11 @@ class Direct(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
-        turn: Turn | None = None,
+        out_RHD: Tensor | None = None,
     ) -> Tensor:
-        """Write, then read the pages where they lie."""
+        """Read the pages where they lie."""
         ((k_KPSD, v_KPSD),) = planes
         step = plan.step
-        if turn is None:
-            write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, step.place_R)
-        else:
-            turn_and_write(turn, k_KPSD, v_KPSD, step.place_R)
         out_RHD, _ = attend(
             q_RHD,
             step.rows,
@@ -162,6 +201,7 @@ class Direct(Form):
             sinks_H=sinks_H,
             plan=plan.attention,
             own=(k_RKD, v_RKD),
+            out_RHD=out_RHD,
         )
         return out_RHD
 
@@ -180,6 +220,7 @@ class Gathered(Form):
 
     def __init__(self, codec: Coding) -> None:
         self.codec = codec
+        self.captures_writes = codec.captures
 
     def plan(self, step: GroupStep) -> _GatheredPlan:
         """List the pages. With two classes of pages the device is waited for."""
@@ -204,7 +245,7 @@ class Gathered(Form):
         attention = plan_attention(step.rows, page_table_BP, step.kv_len_B, step.page_size, step.spans)
         return _GatheredPlan(step, pages, page_table_BP, attention)
 
-    def read(self, plan: _GatheredPlan, planes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    def decode(self, plan: _GatheredPlan, planes: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """The dense pools [K, 1 + T, S, D], [K, 1 + T, S, Dv]."""
         parts = [
             self.codec.decode(number, [plane.index_select(1, page_T) for plane in mine])
@@ -215,12 +256,19 @@ class Gathered(Form):
         k_KTSD, v_KTSD = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         return k_KTSD, v_KTSD
 
-    def write(self, plan: _GatheredPlan, planes: Sequence[Sequence[Tensor]], k_RKD: Tensor, v_RKD: Tensor) -> None:
+    def write(
+        self,
+        place_R: Tensor,
+        planes: Sequence[Sequence[Tensor]],
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        turn: Turn | None = None,
+    ) -> None:
         """Encode the rows into the open class."""
         for plane_KPSX, rows_RKX in zip(planes[0], self.codec.encode(k_RKD, v_RKD), strict=True):
-            plane_KPSX.flatten(1, 2).index_copy_(1, plan.step.place_R, rows_RKX.transpose(0, 1))
+            plane_KPSX.flatten(1, 2).index_copy_(1, place_R, rows_RKX.transpose(0, 1))
 
-    def attend(
+    def read(
         self,
         plan: _GatheredPlan,
         planes: Sequence[Sequence[Tensor]],
@@ -231,11 +279,11 @@ class Gathered(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
-        turn: Turn | None = None,
+        out_RHD: Tensor | None = None,
     ) -> Tensor:
-        """Write, decode, attend."""
-        self.write(plan, planes, k_RKD, v_RKD)
-        return self.attend_to(plan, *self.read(plan, planes), q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H)
+        """Decode, attend."""
+        pools = self.decode(plan, planes)
+        return self.attend_to(plan, *pools, q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H, out_RHD=out_RHD)
 
     def attend_to(
         self,
@@ -247,6 +295,7 @@ class Gathered(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
+        out_RHD: Tensor | None = None,
     ) -> Tensor:
         """Attention over the dense pools."""
         step = plan.step
@@ -262,6 +311,7 @@ class Gathered(Form):
             softcap=softcap,
             sinks_H=sinks_H,
             plan=plan.attention,
+            out_RHD=out_RHD,
         )
         return out_RHD
 
@@ -296,6 +346,7 @@ class Selected(Form):
 
     def __init__(self, codec: Coding, selector: Selection) -> None:
         self.gathered, self.selector = Gathered(codec), selector
+        self.captures_writes = self.gathered.captures_writes
 
     def plan(self, step: GroupStep) -> _SelectedPlan:
         """Find the rows that choose. Waits for the device."""
@@ -327,7 +378,18 @@ class Selected(Form):
         page_XP = gathered.page_table_BP[req_R[row_X]].long()
         return _SelectedPlan(gathered, _Choices(row_X, own, page_XP, front_X, kept_X, kv_len_X))
 
-    def attend(
+    def write(
+        self,
+        place_R: Tensor,
+        planes: Sequence[Sequence[Tensor]],
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        turn: Turn | None = None,
+    ) -> None:
+        """As without a selector."""
+        self.gathered.write(place_R, planes, k_RKD, v_RKD)
+
+    def read(
         self,
         plan: _SelectedPlan,
         planes: Sequence[Sequence[Tensor]],
@@ -338,13 +400,12 @@ class Selected(Form):
         scale: float,
         softcap: float,
         sinks_H: Tensor | None,
-        turn: Turn | None = None,
+        out_RHD: Tensor | None = None,
     ) -> Tensor:
-        """Write, decode, attend, and once more for the rows that choose."""
-        self.gathered.write(plan.gathered, planes, k_RKD, v_RKD)
-        k_KTSD, v_KTSD = self.gathered.read(plan.gathered, planes)
+        """Decode, attend, and once more for the rows that choose."""
+        k_KTSD, v_KTSD = self.gathered.decode(plan.gathered, planes)
         out_RHD = self.gathered.attend_to(
-            plan.gathered, k_KTSD, v_KTSD, q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H
+            plan.gathered, k_KTSD, v_KTSD, q_RHD, scale=scale, softcap=softcap, sinks_H=sinks_H, out_RHD=out_RHD
         )
         choices = plan.choices
         if choices is None:

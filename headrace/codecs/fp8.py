@@ -64,7 +64,8 @@ def _numbers(device: torch.device) -> Tensor:
 def _encode(x_RKD: Tensor) -> tuple[Tensor, Tensor]:
     x_RKD = x_RKD.float()
     most_RK = x_RKD.abs().amax(-1)
-    scale_RK = torch.where(most_RK > 0, most_RK / LARGEST, 1.0)
+    # A plain 1.0 would be copied to the device, which cannot be recorded.
+    scale_RK = torch.where(most_RK > 0, most_RK / LARGEST, torch.ones_like(most_RK))
     # The quotient may round to just above the largest number. NaN stays NaN.
     code_RKD = (x_RKD / scale_RK[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return code_RKD.view(torch.uint8), scale_RK

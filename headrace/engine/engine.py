@@ -31,10 +31,11 @@ from headrace.codecs.forms import Form, Selected
 from headrace.config import EngineConfig
 from headrace.decoding.base import Clocks, Decoder, Demand, Setup
 from headrace.engine.adapters import Adapters, LoadedAdapter
-from headrace.engine.graphs import StepGraphs
+from headrace.engine.graphs import Pool, StepGraphs
+from headrace.engine.pieces import StepPieces
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
 from headrace.engine.runner import Granted, Runner, StepReport, Stream
-from headrace.engine.sizing import MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee
+from headrace.engine.sizing import MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee, pieces_bytes
 from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
 from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
@@ -164,7 +165,13 @@ class Engine:
             own_states = [state for own in part.models for state in own.layer_states()]
             check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
-        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks)
+        most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
+        most_rows = min(most_rows, config.max_num_seqs * wished_len)
+        records = config.cuda_graphs and self.device.type == "cuda"
+        arena_bytes, kept_bytes = 0, 0
+        if records and not state_groups:
+            arena_bytes, kept_bytes = pieces_bytes(model, most_rows, forms[0].turns)
+        n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks, kept_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [
@@ -189,10 +196,13 @@ class Engine:
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
         self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
-        most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
-        graphs = StepGraphs(self.device) if config.cuda_graphs and self.device.type == "cuda" else None
+        pool = Pool(self.device, arena_bytes) if records else None
+        graphs = StepGraphs(self.device, most_rows, pool) if records else None
         self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
+        if records:
+            n_groups = len(self.runner.target.groups)
+            self.runner.pieces = StepPieces(self.device, most_rows, n_groups, pool)
         self.runner.witness = ranks.witness if config.check_invariants and graphs is None else None
         asked = config.async_scheduling
         self.plans_ahead = self.device.type == "cuda" if asked is None else asked

@@ -23,6 +23,7 @@ from headrace.codecs.forms import Form, GroupStep
 from headrace.decoding.base import Decoder, OwnModel, Segment, SoftRows, Span
 from headrace.engine.commit import apply_commit, join, moves
 from headrace.engine.graphs import BUCKETS, StepGraphs, ghost_grants
+from headrace.engine.pieces import Call, PieceContext, Shape, StepPieces
 from headrace.kernels.advance import Advanced
 from headrace.kernels.attention import AttentionRows, Chain
 from headrace.kernels.draw import Drawn, DrawParams, draw
@@ -104,6 +105,7 @@ class _Padded(NamedTuple):
     key: Hashable
     step: Callable[[], Tensor]
     e_max: int
+    is_wide: bool
 
 
 ProcessorRequests = Sequence[tuple[LogitProcessor, Sequence[int]]]
@@ -182,10 +184,12 @@ class _Context:
         columns = rows.req, rows.t, rows.a, rows.b, rows.c, rows.row_ptr, rows.reqs
         attention_rows = AttentionRows(*columns, **masks)
         self._plans: dict[int, Any] = {}
+        self.place_R: dict[int, Tensor] = {}
+        """By group the physical slots that the rows are written to."""
         cache = runner.cache
         for g in stream.groups:
             kv_len_B = runner.table.kv_len[g]
-            place_R = cache.place(g, kv_len_B, rows.req, rows.dst)
+            place_R = self.place_R[g] = cache.place(g, kv_len_B, rows.req, rows.dst)
             window = cache.groups[g].state.window
             self._plans[g] = stream.form.plan(
                 GroupStep(
@@ -216,7 +220,16 @@ class _Context:
     ) -> Tensor:
         """Write the rows' keys and values, then attend."""
         layer += self._first_layer
-        return self._form.attend(
+        group, planes = self._cache.group_of(layer), self._cache.layer_planes(layer)
+        self._form.write(self.place_R[group], planes, k_RKD, v_RKD, turn)
+        return self._form.read(
+            self._plans[group], planes, q_RHD, k_RKD, v_RKD, scale=scale, softcap=softcap, sinks_H=sinks_H
+        )
+
+    def read(self, call: Call) -> None:
+        """Attend between two pieces, in which the rows are written."""
+        layer, q_RHD, k_RKD, v_RKD, out_RHD, scale, softcap, sinks_H = call.first(self.pos_AR.shape[1])
+        found_RHD = self._form.read(
             self._plans[self._cache.group_of(layer)],
             self._cache.layer_planes(layer),
             q_RHD,
@@ -225,8 +238,10 @@ class _Context:
             scale=scale,
             softcap=softcap,
             sinks_H=sinks_H,
-            **({} if turn is None else {"turn": turn}),
+            out_RHD=out_RHD,
         )
+        if found_RHD is not out_RHD:
+            out_RHD.copy_(found_RHD)
 
     def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
         """Scan the rows from the layer's states."""
@@ -261,13 +276,15 @@ class Runner:
         self.max_rows, self.device = max_rows, table.device
         self.times = StepTimes()
         self.graphs = graphs
+        self.pieces: StepPieces | None = None
+        """Where the target's forward is recorded in pieces, for steps that are not recorded whole; None: nowhere."""
         self.witness: Callable[[Tensor], None] | None = None
         """Where logits are shown for comparison among ranks; None: they are not."""
         self._padded: _Padded | None = None
         self._built: _Built | None = None
         # Room for the widest step and, where steps are padded, for the widest bucket.
         room = 0 if graphs is None else BUCKETS[-1]
-        self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room), table.ghost, 1, self.device)
+        self.rows = RowTable.allocate(max(max_rows, room), max(table.ghost, room + 1), table.ghost, 1, self.device)
         self._draw_tables = DrawTables(table.temperature, table.top_k, table.top_p, table.min_p, table.stream)
         own = [
             OwnModel(partial(self._evaluate, stream), list(table.kv_len_of(number)))
@@ -324,10 +341,13 @@ class Runner:
         wide = any(g.request.params.logprobs is not None or g.request.scores_prompt for g in granted)
         if len(names) > 1 or wide or not self.decoders[names.pop()].captures(any(g.pending > 1 for g in granted)):
             return None
-        return ghost_grants([g.rows for g in granted])
+        grants = [g.rows for g in granted]
+        least = self.target.form.uncaptured_rows
+        has_faster = least is not None and max(grants) >= least
+        return ghost_grants(grants, () if has_faster else self.graphs.wide)
 
-    def _pad(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> _Padded:
-        """The step over the granted rows and ghosts, its index arrays on the device."""
+    def _pad(self, granted: Sequence[Granted], ghosts: Sequence[int]) -> _Padded | None:
+        """The step over the granted rows and ghosts, its index arrays on the device; None: it is not worth it."""
         assert self.graphs is not None
         grants = [*(g.rows for g in granted), *ghosts]
         decoder = self.decoders[granted[0].request.decoder]
@@ -338,6 +358,9 @@ class Runner:
         # What is recorded changes the linear maps that some loaded adapter changes.
         changed = self.model.adapters.pattern if adapted and self.model.adapters else None
         key = granted[0].request.decoder, len(grants), sum(grants), sum(outputs), any(prompts), changed
+        is_wide = sum(grants) > BUCKETS[-1]
+        if not self.graphs.wants(key, is_wide):
+            return None
         reqs = [*(g.request.index for g in granted), *(self.table.ghost for _ in ghosts)]
         rows = self.rows.first(sum(grants), len(grants))
         arrays = Segment(self.table, rows, *sizes).arrays() | {"reqs_B": np.array(reqs, np.int64)}
@@ -349,12 +372,12 @@ class Runner:
             seg.use(dict(zip(arrays, sheet.views[2:], strict=True)))
             return self._run(granted, seg.rows, [(decoder, seg)], None, (), [], adapted).packed()
 
-        return _Padded(granted, key, step, decoder.e_max)
+        return _Padded(granted, key, step, decoder.e_max, is_wide)
 
     def _start(self, padded: _Padded) -> Callable[[], StepReport]:
         """Run or replay a step whose index arrays are on the device."""
         assert self.graphs is not None
-        fetch = _fetch(self.graphs.run(padded.key, padded.step), padded.e_max)
+        fetch = _fetch(self.graphs.run(padded.key, padded.step, padded.is_wide), padded.e_max)
         return lambda: self._report(padded.granted, fetch(), {}, {})
 
     def _run(
@@ -378,10 +401,9 @@ class Runner:
         self._tick(clock)
         # In a step of plain decoding every row is wanted, and in this order.
         wanted_M = None if rows.tok.shape[0] == outs.n_draw == outs.row.shape[0] else outs.row
-        if adapted:
-            hidden_ME = self._evaluate_adapted(rows, context, wanted_M)
-        else:
-            hidden_ME = self.model(rows.tok, context, wanted_M)
+        # Without spans the step is recorded as a whole.
+        replayed_ME = None if spans is None else self._replay_body(rows, context, wanted_M, adapted)
+        hidden_ME = self._body(rows, context, wanted_M, adapted) if replayed_ME is None else replayed_ME
         self._tick(clock)
         raw_MV = self._logits(hidden_ME[: outs.n_draw])
         if self.witness is not None:
@@ -419,9 +441,11 @@ class Runner:
 
     def _spans(self, granted: Sequence[Granted]) -> list[Span]:
         spans: list[Span] = []
-        first = 0
+        first, groups = 0, self.target.groups
         for request, size, ahead, _ in granted:
-            slots = max((request.slots(g) for g in self.target.groups), default=0)
+            slots = request.n_done if groups else 0
+            if groups and request.dropped:
+                slots -= min([request.dropped[g] for g in groups])
             spans.append((first, size, slots + ahead + size))
             first += size
         return spans
@@ -530,11 +554,48 @@ class Runner:
         hidden_ME: Tensor = stream.model(rows.tok, _Context(self, stream, rows, spans), wanted_M)
         return hidden_ME
 
+    def _body(self, rows: RowTable, context: _Context | PieceContext, wanted_M: Tensor | None, adapted: bool) -> Tensor:
+        """The target's hidden states, [R, E] or those of the wanted rows."""
+        if adapted:
+            return self._evaluate_adapted(rows, context, wanted_M)
+        hidden_ME: Tensor = self.model(rows.tok, context, wanted_M)
+        return hidden_ME
+
+    def _replay_body(self, rows: RowTable, context: _Context, wanted_M: Tensor | None, adapted: bool) -> Tensor | None:
+        """The same by pieces recorded before; None: there are none for such a step, which runs as it is."""
+        shape = self._pieces_shape(rows, wanted_M)
+        if shape is None or self.pieces is None:
+            return None
+        pieces, n_rows = self.pieces, rows.tok.shape[0]
+        changed = self.model.adapters.pattern if adapted and self.model.adapters else None
+
+        def make() -> tuple[Callable[[PieceContext], Tensor], PieceContext]:
+            wide = self.rows.first(shape.rows, 1)
+            mine_M = pieces.wanted[: shape.wanted] if shape.wanted else None
+            fixed = PieceContext(pieces, self.target.form, self.cache, wide, self.soft_SE)
+            return lambda context: self._body(wide, context, mine_M, adapted), fixed
+
+        recording = pieces.find((*shape, changed), make)
+        if recording is None:
+            return None
+        pieces.fill(shape, list(context.place_R.values()), wanted_M)
+        hidden_ME = pieces.play(recording, context.read)
+        # A copy in any case: the next step's hidden states come to the same place.
+        if wanted_M is None:
+            return hidden_ME[:n_rows].clone()
+        return hidden_ME[: wanted_M.shape[0]].clone() if shape.wanted else hidden_ME.index_select(0, wanted_M)
+
+    def _pieces_shape(self, rows: RowTable, wanted_M: Tensor | None) -> Shape | None:
+        """What a step is padded to whose forward is recorded in pieces; None: it runs as it is."""
+        if self.pieces is None or self.states.groups or not self.target.form.captures_writes:
+            return None
+        return self.pieces.shape(rows.tok.shape[0], None if wanted_M is None else wanted_M.shape[0])
+
     def _adapted(self, granted: Sequence[Granted]) -> bool:
         """Whether a request has an adapter."""
         return self.model.adapters is not None and any(g.request.adapter for g in granted)
 
-    def _evaluate_adapted(self, rows: RowTable, context: _Context, wanted_M: Tensor | None) -> Tensor:
+    def _evaluate_adapted(self, rows: RowTable, context: _Context | PieceContext, wanted_M: Tensor | None) -> Tensor:
         """The target's hidden states, [R, E] or those of the wanted rows, each row under its request's adapter."""
         bank = self.model.adapters
         assert bank is not None

@@ -7,14 +7,17 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from headrace.cache.manager import CacheGroup, cache_bytes
 from headrace.config import EngineConfig
-from headrace.errors import CapacityError, ConfigError
+from headrace.engine.graphs import MOST, RECORDING_BYTES, WIDEST
+from headrace.errors import CapacityError, ConfigError, InvariantError
 from headrace.memory import GIB, available_memory_bytes, check_memory
 from headrace.memory import size as size_of
+from headrace.models.base import CausalLM
 from headrace.ranks import ONE, Ranks
-from headrace.step import MASK_WORDS
+from headrace.step import MASK_WORDS, Scan, Turn
 
 log = logging.getLogger("headrace")
 
@@ -49,6 +52,8 @@ def measure_knee(time_step: Callable[[int], float], most: int) -> tuple[int, dic
     return knee, measured
 
 
+RECORD_LESS = "lower max_num_batched_tokens, or use cuda_graphs=False"
+"""What is left to do where there is no memory for recorded steps."""
 ROW_BYTES = 4 * (12 + MASK_WORDS)
 """Of the tables of a step, for each of its rows."""
 REQUEST_BYTES = 4 * 100
@@ -68,6 +73,61 @@ def check_tables(config: EngineConfig, max_len: int, device: torch.device) -> No
     )
 
 
+class _Nowhere:
+    """What layers see of rows that are evaluated for their memory: there is no cache, and attention brings zeros."""
+
+    soft_SE = None
+
+    def __init__(self, n_rows: int, turns: bool, device: torch.device) -> None:
+        self.turns = turns
+        self.pos_AR = torch.zeros(1, n_rows, dtype=torch.int32, device=device)
+
+    def attend(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        k_RKD: Tensor,
+        v_RKD: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> Tensor:
+        """Zeros [R, H, Dv]."""
+        return q_RHD.new_zeros(*q_RHD.shape[:2], v_RKD.shape[2])
+
+    def recur(self, layer: int, inputs: Sequence[Tensor], scan: Scan) -> Tensor:
+        """Never called: the forward of a model with fixed states is not recorded."""
+        raise InvariantError(f"layer {layer} has a fixed state, and its memory was asked for")
+
+
+@torch.inference_mode()
+def forward_bytes(model: CausalLM, n_rows: int, turns: bool) -> int:
+    """What the tensors of a forward over so many rows take at most, on a GPU, measured by running one without a cache.
+
+    `turns`: see StepContext.
+    """
+    device = next(model.parameters()).device
+    tok_R = torch.zeros(n_rows, dtype=torch.int32, device=device)
+    context = _Nowhere(n_rows, turns, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(tok_R, context)
+    most = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # what a step takes as it is has its own share of the memory that is left free
+    return most
+
+
+def pieces_bytes(model: CausalLM, most_rows: int, turns: bool) -> tuple[int, int]:
+    """What a model's forward recorded in pieces takes: its tensors, of which there is room for one forward over the
+    widest step, and all in all."""
+    # A tenth for what lies between blocks of different sizes.
+    arena = int(1.1 * forward_bytes(model, min(most_rows, WIDEST), turns))
+    # Those in pieces, and half as much for whole steps.
+    return arena, arena + 3 * MOST * RECORDING_BYTES // 2
+
+
 def choose_pages(
     config: EngineConfig,
     groups: Sequence[CacheGroup],
@@ -75,8 +135,10 @@ def choose_pages(
     max_len: int,
     state_bytes: int = 0,
     ranks: Ranks = ONE,
+    kept_bytes: int = 0,
 ) -> int:
-    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold.
+    """Pages of the cache, the trash page included, beside `state_bytes` of fixed states: as many as all ranks can hold,
+    and on a GPU leave `kept_bytes` for what is recorded.
 
     Without groups pages cost nothing, and there are as many as could be of use. Raises CapacityError if what was asked
     for, or the states, or not even one page fit, ConfigError for a number of pages where no layer keeps any.
@@ -91,6 +153,9 @@ def choose_pages(
         asked = cache_bytes(groups, config.num_pages, config.page_size, config.max_num_seqs)
         way_out = f"lower num_pages or page_size, which is {config.page_size}"
         check_memory(f"num_pages is {config.num_pages}, which takes", asked + state_bytes, device, way_out)
+        if kept_bytes:
+            what = f"num_pages is {config.num_pages}; with {size_of(kept_bytes)} for recorded steps the engine takes"
+            check_memory(what, asked + state_bytes + kept_bytes, device, f"{way_out}, {RECORD_LESS}")
         return config.num_pages
     # What one rank takes must not be missing when the next one looks.
     free_bytes = ranks.least(available_memory_bytes(device))
@@ -102,9 +167,14 @@ def choose_pages(
             raise CapacityError(
                 f"kv_cache_gib is {config.kv_cache_gib}; {size_of(free_bytes)} are available on {device}: lower it"
             )
+        if budget + kept_bytes > free_bytes:
+            raise CapacityError(
+                f"kv_cache_gib is {config.kv_cache_gib}, and recorded steps take {size_of(kept_bytes)} beside it; "
+                f"{size_of(free_bytes)} are available on {device}: lower it, {RECORD_LESS}"
+            )
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        budget = int(config.gpu_memory_utilization * total) - (total - free_bytes) - GIB
+        budget = int(config.gpu_memory_utilization * total) - (total - free_bytes) - GIB - kept_bytes
     else:
         budget = free_bytes // 5
     if state_bytes > max(budget, 0):

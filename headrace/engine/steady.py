@@ -64,7 +64,7 @@ class SteadyBatch:
         """The first step whose row has no room in the pages that the request holds."""
         size = self._cache.page_size
         slots = self._slots[request.arrival]
-        return min((len(pages) * size - n for pages, n in zip(request.pages, slots, strict=True)), default=-1)
+        return min([len(pages) * size - n for pages, n in zip(request.pages, slots, strict=True)], default=-1)
 
 
 def _steps_left(granted: Granted) -> int:

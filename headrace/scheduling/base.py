@@ -119,23 +119,25 @@ SCHEDULERS: Registry[SchedulerPolicy] = Registry("scheduler", "scheduler")
 
 def pages_needed(view: RequestView, rows: int, page_size: int) -> tuple[int, ...]:
     """Fresh pages by pool so that `rows` more slots fit behind the committed ones."""
-    return tuple(
-        max(0, -(-min(length + rows + view.scratch, view.most_slots) // page_size) - held)
-        for length, held in zip(view.kv_len, view.pages, strict=True)
-    )
+    # Asked of every request in every step that is composed: plain loops take half the time.
+    needed: list[int] = []
+    for length, held in zip(view.kv_len, view.pages, strict=True):
+        slots = length + rows + view.scratch
+        fresh = -(-(slots if slots < view.most_slots else view.most_slots) // page_size) - held
+        needed.append(fresh if fresh > 0 else 0)
+    return tuple(needed)
 
 
 def rows_that_fit(view: RequestView, free: Sequence[int], page_size: int) -> int:
     """Rows for which the pages held and the free ones suffice; all of them where no layer keeps pages."""
     if view.waits:
         return 0
-    return min(
-        (
-            view.most if (slots := (held + spare) * page_size) >= view.most_slots else slots - length - view.scratch
-            for length, held, spare in zip(view.kv_len, view.pages, free, strict=True)
-        ),
-        default=view.most,
-    )
+    fit: int | None = None
+    for length, held, spare in zip(view.kv_len, view.pages, free, strict=True):
+        slots = (held + spare) * page_size
+        rows = view.most if slots >= view.most_slots else slots - length - view.scratch
+        fit = rows if fit is None or rows < fit else fit
+    return view.most if fit is None else fit
 
 
 def compose(policy: SchedulerPolicy, snapshot: Snapshot, patient: bool = False) -> Schedule:

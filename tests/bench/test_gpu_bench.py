@@ -31,6 +31,7 @@ from headrace.bench.trace import (
 )
 from headrace.bench.workload import Work, fixed, uniform
 from headrace.cli import main
+from headrace.engine.pieces import StepPieces
 from headrace.models.checkpoint import load_model
 
 TINY: dict[str, Any] = {
@@ -445,10 +446,25 @@ def test_steps_of_an_engine_are_traced(tiny: None, tmp_path: Path, monkeypatch: 
     report = Report(H200_FACTS, "cuda", tmp_path / "out.json", None)
     rig = gpu.Rig(write_model(tmp_path, "tiny"), "cpu")
     gpu._trace_decode(report, rig, "tiny", Decode(2, 12, 61), str(tmp_path / "kept"))
+    rig.llm.engine.runner.pieces = StepPieces(torch.device("cpu"), 64, 1)
     gpu._trace_prefill(report, rig, "tiny", "")
-    titles = ["tiny, decode 2 x 12", "tiny, prefill of 48, steps of 64 rows"]
+    monkeypatch.setattr(gpu, "TRACED_MIXED_STEPS", 6)
+    monkeypatch.setattr(gpu, "MIXED_SETTLED", 3)
+    gpu._trace_mixed(report, rig, "tiny", "")
+    titles = ["tiny, decode 2 x 12", "tiny, prefill of 48, steps of 64 rows", f"tiny, mixed {gpu.SIZES.mixed[0]}"]
     assert [title for title, _ in report.traces] == titles
-    assert [found.costs.steps for _, found in report.traces] == [48, 6]
+    assert [found.costs.steps for _, found in report.traces] == [48, 6, 6]
+    times = [(found.times, found.without) for _, found in report.traces]
+    assert all(mine is not None and 0 < mine.launch_ms < mine.host_ms < mine.plain_ms for mine, _ in times)
+    assert [mine.wide > 0 for mine, _ in times if mine] == [False, True, True]
+    assert [other is not None and not other.wide and other.host_ms > 0 for _, other in times] == [
+        False,
+        True,
+        True,
+    ]
+    assert "of the steps are recorded wide ones; if wide steps are not recorded, for" in describe(
+        report.traces[1][1], "x"
+    )
     assert all(found.costs.kernels["gemm"].count == found.costs.steps for _, found in report.traces)
     assert (tmp_path / "kept-tiny-decode-2x12.json").exists()
     assert [entry["title"] for entry in json.loads((tmp_path / "out.json").read_text())["traces"]] == titles

@@ -18,7 +18,7 @@ import tenants
 from coders import alone_of, coded_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, examples
+from tiny import VOCAB, cut, examples
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams
@@ -80,7 +80,7 @@ def serve(engine: Engine, arrivals: list[tuple[int, tuple[int, ...], SamplingPar
 @pytest.mark.parametrize("codec", ["fp8", *coders.CODERS])
 def test_tokens_are_those_of_the_request_alone(codec: str, events: Counter[str]) -> None:
     seals = codec.startswith("test_sealed")
-    counted = ["chunk", "famine", "abort", "hit", "reclaimed", "fork", "drafts"]
+    counted = ["chunk", "famine", "abort", "hit", "reclaimed", "fork", "drafts", "in pieces"]
     events.update(dict.fromkeys([*counted, *(["seal", "cut at a trigger"] if seals else [])], 0))
     evictors = EVICTORS.get(codec, "full")
     if evictors != "full":
@@ -119,6 +119,8 @@ def test_tokens_are_those_of_the_request_alone(codec: str, events: Counter[str])
             max_num_seqs=seats,
             enable_prefix_caching=caching,
         )
+        if len(arrivals) % 2:
+            cut(engine)
         for request in serve(engine, arrivals):
             tokens, reason = alone_of(request, **alone)
             if request.finish is Finish.ABORT:
@@ -127,6 +129,7 @@ def test_tokens_are_those_of_the_request_alone(codec: str, events: Counter[str])
                 continue
             assert (tuple(request.output_ids), request.finish.reason) == (tokens, reason)
             events["drafts"] += request.decoder != "autoregressive"
+        events["in pieces"] += engine.runner.pieces.replays if engine.runner.pieces else 0
         engine.check_idle()
         events["examples"] += 1
         events["chunk"] += engine.stats.chunks

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import MODEL_LEN, VOCAB, alone_of, examples, make_engine, pad
+from tiny import MODEL_LEN, VOCAB, alone_of, cut, examples, make_engine, pad
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams
@@ -75,8 +75,10 @@ def serve(engine: Engine, arrivals: list[tuple[int, tuple[int, ...], SamplingPar
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("scheduler", SCHEDULERS.names())
 def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, events: Counter[str]) -> None:
-    """`ahead`: steps are planned while the one before runs, and padded to the shapes that a GPU records."""
-    counted = ["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token", "stopped late"]
+    """`ahead`: steps are planned while the one before runs, and padded to the shapes that a GPU records. Without, they
+    run in the pieces that a GPU records, some of them."""
+    counted = ["chunk", "famine", "abort", "hit", "eviction", "sampled", "greedy", "stopped by a token"]
+    counted += ["in pieces", "stopped late"]
     events.update(dict.fromkeys([*counted, "planned ahead", "padded shape", "steady"] if ahead else counted[:-1], 0))
 
     @settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
@@ -89,6 +91,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         caching=st.booleans() | st.just(True),
         tight=st.booleans(),
         again=st.booleans(),
+        in_pieces=st.booleans(),
     )
     def run(
         arrivals: Any,
@@ -99,6 +102,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         caching: bool,
         tight: bool,
         again: bool,
+        in_pieces: bool,
     ) -> None:
         longest = 80
         if again:  # a prompt that was there before is found in the cache
@@ -118,6 +122,8 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         )
         if ahead:
             pad(engine)
+        elif in_pieces:
+            cut(engine)
         requests = serve(engine, arrivals)
         for request in requests:
             tokens, reason = alone_of(request)
@@ -134,6 +140,7 @@ def test_tokens_are_those_of_the_request_alone(scheduler: str, ahead: bool, even
         events["famine"] += engine.stats.preemptions
         events["hit"] += engine.cache.hit_tokens > 0
         events["eviction"] += sum(pool.reclaimed for pool in engine.cache.pools)
+        events["in pieces"] += engine.runner.pieces.replays if engine.runner.pieces else 0
         if ahead:
             assert engine.runner.graphs is not None
             events["planned ahead"] += engine.stats.ahead

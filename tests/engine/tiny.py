@@ -15,7 +15,8 @@ import torch
 
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
-from headrace.engine.graphs import BUCKETS, StepGraphs
+from headrace.engine.graphs import BUCKETS, Pool, StepGraphs
+from headrace.engine.pieces import StepPieces
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.params import SamplingParams
@@ -120,11 +121,24 @@ def alone_of(request: Request) -> tuple[tuple[int, ...], str | None]:
     return alone(tuple(request.tokens[: request.prompt_len]), json.dumps(params))
 
 
+def cut(engine: Engine) -> None:
+    """Let an engine run the steps that are not recorded whole in the pieces that a GPU records, from the first of a
+    size on, and on a GPU record them."""
+    runner = engine.runner
+    if runner.pieces is None:
+        pool = Pool(engine.device, 0) if engine.device.type == "cuda" else None
+        runner.pieces = StepPieces(engine.device, len(runner.rows.tok), len(runner.target.groups), pool)
+    runner.pieces.recent.meetings = 1
+
+
 def pad(engine: Engine) -> None:
-    """Let an engine pad its steps to the shapes that a GPU records, and on a GPU record them."""
+    """Let an engine pad its steps to the shapes that a GPU records, and on a GPU record them; the others as `cut`."""
     runner = engine.runner
     if runner.graphs is None:
-        runner.graphs = StepGraphs(engine.device)
+        pool = Pool(engine.device, 0) if engine.device.type == "cuda" else None
+        runner.graphs = StepGraphs(engine.device, len(runner.rows.tok), pool)
+        runner.graphs.recent.meetings = 1
         runner.rows = RowTable.allocate(
-            max(len(runner.rows.tok), BUCKETS[-1]), BUCKETS[-1], engine.table.ghost, 1, engine.device
+            max(len(runner.rows.tok), BUCKETS[-1]), BUCKETS[-1] + 1, engine.table.ghost, 1, engine.device
         )
+    cut(engine)

@@ -14,7 +14,7 @@ from torch import Tensor
 from headrace import LLM, SamplingParams
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
-from headrace.engine.graphs import StepGraphs
+from headrace.engine.graphs import Pool, StepGraphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 class Unrecorded(StepGraphs):
     """Pads steps, and runs each of them as it is."""
 
-    def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
+    def run(self, key: Hashable, step: Callable[[], Tensor], is_wide: bool = False) -> Tensor:
         return step()
 
 
@@ -69,3 +69,31 @@ def test_a_replay_has_the_bits_of_its_step(decoder: str, events: Counter[str]) -
         llm.engine.check_idle()
     assert runs[0] == runs[1]
     events["tokens"] += sum(len(ids) for ids, _ in runs[0])
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "ngram"])
+def test_a_wide_replay_has_the_bits_of_its_step(decoder: str, events: Counter[str]) -> None:
+    """Prompts of up to 60 tokens, many at once: steps of more rows than a bucket that are recorded whole."""
+    events["wide replays"] = 0
+    runs = []
+    for kind in (StepGraphs, Unrecorded):
+        llm = LLM(
+            device="cuda",
+            decoder=decoder,
+            kv_cache_gib=0.5,
+            async_scheduling=False,
+            max_num_batched_tokens=1024,
+            enable_prefix_caching=False,
+        )
+        device = llm.engine.device
+        graphs = llm.engine.runner.graphs = kind(device, 1024, Pool(device, 2**20))
+        graphs.recent.meetings = 1
+        runs.append([])
+        for wave in range(4):
+            prompts = [[5 + (7 * i * (wave + 1) + j * j) % 300 for j in range(40 + i % 20)] for i in range(60)]
+            params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=6 + i % 9) for i in range(60)]
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+            runs[-1] += [(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs]
+        events["wide replays"] += graphs.wide_replays
+        llm.engine.check_idle()
+    assert runs[0] == runs[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_context import dense_greedy, dense_logits
 from test_model_parity import OPTIONS, prompts
+from tiny import cut
 from tiny_models import CLASSES, reference
 
 from headrace import LLM, SamplingParams
@@ -28,8 +29,13 @@ def test_every_family_is_here() -> None:
     assert {family for family, _ in OPTIONS.values()} == set(CLASSES)
 
 
-def generated(directory: Path, sequences: list[list[int]], events: Counter[str], **options: object) -> list[list[int]]:
-    """What the engine makes of the prompts in a small cache and small steps, the second time with prefixes cached."""
+def generated(
+    directory: Path, sequences: list[list[int]], events: Counter[str], in_pieces: bool = False, **options: object
+) -> list[list[int]]:
+    """What the engine makes of the prompts in a small cache and small steps, the second time with prefixes cached.
+
+    `in_pieces`: every forward is recorded in pieces.
+    """
     llm = LLM(
         model=str(directory),
         skip_tokenizer_init=True,
@@ -41,6 +47,9 @@ def generated(directory: Path, sequences: list[list[int]], events: Counter[str],
         check_invariants=True,
         **options,
     )
+    if in_pieces:
+        llm.engine.runner.graphs = None
+        cut(llm.engine)
     params = SamplingParams(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
     results = []
     for _ in range(2):
@@ -51,6 +60,8 @@ def generated(directory: Path, sequences: list[list[int]], events: Counter[str],
     events["chunk"] += llm.engine.stats.chunks
     events["famine"] += llm.engine.stats.preemptions
     events["hit"] += llm.engine.cache.hit_tokens
+    if in_pieces and llm.engine.runner.pieces is not None:
+        events["in pieces"] += llm.engine.runner.pieces.replays
     return results[0]
 
 
@@ -65,20 +76,24 @@ def make(name: str, directory: Path) -> tuple[CausalLM, list[list[int]]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_the_oracle(name: str, tmp_path: Path, events: Counter[str]) -> None:
-    events.update({"chunk": 0, "famine": 0, "hit": 0})
+    events.update({"chunk": 0, "famine": 0, "hit": 0, "in pieces": 0})
     model, sequences = make(name, tmp_path)
     expected = [dense_greedy(model, prompt, COUNT) for prompt in sequences]
-    assert generated(tmp_path, sequences, events, dtype="float64", device="cpu") == expected
+    for in_pieces in (False, True):
+        assert generated(tmp_path, sequences, events, in_pieces, dtype="float64", device="cpu") == expected
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_on_a_gpu_are_those_of_the_oracle(name: str, tmp_path: Path, events: Counter[str]) -> None:
+def test_tokens_on_a_gpu_are_those_of_the_oracle(
+    name: str, in_pieces: bool, tmp_path: Path, events: Counter[str]
+) -> None:
     """In float32; where a token differs, the oracle must have found both about as likely."""
     events.update({"chunk": 0, "hit": 0, "equal": 0})
     model, sequences = make(name, tmp_path)
-    got = generated(tmp_path, sequences, events, dtype="float32", device="cuda")
+    got = generated(tmp_path, sequences, events, in_pieces, dtype="float32", device="cuda")
     for prompt, tokens in zip(sequences, got, strict=True):
         logits_TV = dense_logits(model, [prompt + tokens])[0][len(prompt) - 1 : -1]
         for token, logits_V in zip(tokens, logits_TV, strict=True):

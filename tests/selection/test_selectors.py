@@ -20,7 +20,7 @@ from masked import random_model, window_model
 from pickers import alone_of, picking_engine, run_selected
 from test_codec_law_one import DRAFTERS, LONGEST, arrival
 from test_codec_law_one import serve as play
-from tiny import VOCAB, examples, make_engine, run_all
+from tiny import VOCAB, cut, examples, make_engine, run_all
 
 from headrace.engine.engine import Engine
 from headrace.errors import ConfigError, RequestError
@@ -138,7 +138,7 @@ def test_a_record_taken_at_any_step_continues_with_the_same_tokens(name: str) ->
 @pytest.mark.parametrize("selector", SELECTING)
 def test_tokens_are_those_of_the_request_alone(selector: str, codec: str, events: Counter[str]) -> None:
     """Law 1: arrivals, famine, hits, aborts, forks, drafts; with sealed pages too."""
-    counted = ["chunk", "famine", "abort", "hit", "fork", "drafts", "cut at a trigger"]
+    counted = ["chunk", "famine", "abort", "hit", "fork", "drafts", "cut at a trigger", "in pieces"]
     events.update(dict.fromkeys([*counted, *(["seal"] if codec != "model" else [])], 0))
 
     @settings(max_examples=examples(30), deadline=None, suppress_health_check=list(HealthCheck))
@@ -167,6 +167,8 @@ def test_tokens_are_those_of_the_request_alone(selector: str, codec: str, events
             max_model_len=LONGEST,
             max_num_seqs=seats,
         )
+        if len(arrivals) % 2:
+            cut(engine)
         for request in play(engine, arrivals):
             tokens, reason = alone_of(request, selector, codec, page_size)
             if request.finish is Finish.ABORT:
@@ -177,6 +179,7 @@ def test_tokens_are_those_of_the_request_alone(selector: str, codec: str, events
             events["drafts"] += request.decoder != "autoregressive"
         engine.check_idle()
         events["examples"] += 1
+        events["in pieces"] += engine.runner.pieces.replays if engine.runner.pieces else 0
         events["chunk"] += engine.stats.chunks
         events["famine"] += engine.stats.preemptions
         events["fork"] += engine.stats.forks

@@ -18,7 +18,7 @@ import tenants
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import run_all
+from tiny import cut, run_all
 from torch import Tensor
 from toy import EOS, MODEL_LEN, RING, VOCAB, Naive, Toy, naive, toy
 
@@ -232,6 +232,18 @@ def test_a_repeated_prompt_is_not_found_in_the_prefix_cache(pattern: str) -> Non
         run_all(engine)
         assert request.hit_tokens == 0
         check_tokens(pattern, request)
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("pattern", [HYBRID, PURE])
+def test_a_forward_with_fixed_states_is_not_recorded_in_pieces(pattern: str) -> None:
+    engine = make(pattern)
+    cut(engine)
+    (request,) = engine.add(REPEATS, SamplingParams(temperature=0.0, max_tokens=6), request_id="r")
+    run_all(engine)
+    check_tokens(pattern, request)
+    assert engine.runner.pieces is not None
+    assert not engine.runner.pieces.replays
     engine.check_idle()
 
 

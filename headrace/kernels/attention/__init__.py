@@ -77,6 +77,7 @@ def attend(
     lens: Sequence[tuple[int, int, int]] | None = None,
     plan: AttentionPlan | None = None,
     own: tuple[Tensor, Tensor] | None = None,
+    out_RHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all rows of a step in one layer.
 
@@ -94,6 +95,7 @@ def attend(
         lens: see `plan_attention`; read only without a plan.
         plan: the step's plan.
         own: keys [R, K, D] and values [R, K, Dv] of the rows, as they were written; needed to make use of `chains`.
+        out_RHD: where a GPU may put the result, contiguous; what is returned may be another tensor all the same.
 
     Returns:
         out [R, H, Dv] in the type of q, and lse [R, H] in float32 (float64 for float64) or None. A row that sees
@@ -106,7 +108,7 @@ def attend(
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
     form: Any = {CpuPlan: cpu.attend, GpuPlan: gpu.attend, ReferencePlan: reference.attend}[type(plan)]
-    extra = {"own": own} if isinstance(plan, GpuPlan) else {}
+    extra = {"own": own, "out_RHD": out_RHD} if isinstance(plan, GpuPlan) else {}
     result: tuple[Tensor, Tensor | None] = form(
         q_RHD,
         rows,

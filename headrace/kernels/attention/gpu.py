@@ -152,6 +152,7 @@ def attend(
     need_lse: bool = False,
     plan: GpuPlan | None = None,
     own: tuple[Tensor, Tensor] | None = None,
+    out_RHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all rows of a step; see the package for arguments and results."""
     kv_heads, _, page_size, size = k_pool_KPSD.shape
@@ -160,7 +161,7 @@ def attend(
     simple = not window and not softcap and sinks_H is None and not need_lse and rows.bits_R is None
     if plan.squares and own is not None and simple and dtype in squares.TYPES and size == v_size in squares.SIZES:
         tables = k_pool_KPSD, v_pool_KPSD, page_table_BP, kv_len_B
-        return _attend_beside_squares(q_RHD, plan, *tables, scale, own), None
+        return _attend_beside_squares(q_RHD, plan, *tables, scale, own, out_RHD), None
     if k_pool_KPSD.dtype != dtype or v_pool_KPSD.dtype != dtype or dtype not in (*TYPES, torch.float64):
         raise ValueError(
             f"queries are {dtype}, pools {k_pool_KPSD.dtype} and {v_pool_KPSD.dtype}: attention on a GPU takes one "
@@ -183,7 +184,7 @@ def attend(
     if q_RHD.stride(2) != 1:
         q_RHD = q_RHD.contiguous()
     n_rows, heads, _ = q_RHD.shape
-    out_RHD = q_RHD.new_empty((n_rows, heads, v_size))
+    out_RHD = q_RHD.new_empty((n_rows, heads, v_size)) if out_RHD is None else out_RHD
     lse_RH = q_RHD.new_empty((n_rows, heads), dtype=torch.float32) if need_lse else None
     if not n_rows:
         return out_RHD, lse_RH
@@ -393,6 +394,7 @@ def _attend_beside_squares(
     kv_len_B: Tensor,
     scale: float,
     own: tuple[Tensor, Tensor],
+    out_RHD: Tensor | None = None,
 ) -> Tensor:
     """Squares by themselves, all else by pages, and the two joined."""
     n_rows = q_RHD.shape[0]
@@ -412,6 +414,7 @@ def _attend_beside_squares(
         scale=scale,
         need_lse=needs_lse,
         plan=paged,
+        out_RHD=out_RHD,
     )
     for first, rows, committed in plan.squares:
         mine = slice(first, first + rows)
