@@ -8,21 +8,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIG, DEVICE, EOS, VOCAB, pad, run_all
+from tiny import CONFIG, DEVICE, EOS, VOCAB, cut, pad, run_all
 
 from headrace import LLM
 from headrace.config import EngineConfig
-from headrace.engine.engine import Engine
+from headrace.engine.engine import Engine, check_parity
 from headrace.errors import ConfigError
 from headrace.layers.adapters import AdapterBank
+from headrace.llm import BUNDLED_MODEL
 from headrace.models.base import CausalLM
 from headrace.models.checkpoint import load_model
 from headrace.params import SamplingParams
+from headrace.quantization.watch import Watched
 from headrace.request import Request
+from headrace.step import LayerState
 
 LEN = 400
 GEOMETRY = CONFIG | {"hidden_size": 64, "intermediate_size": 200, "head_dim": 16, "max_position_embeddings": LEN}
@@ -155,7 +159,7 @@ def test_bits_are_those_of_the_request_alone(family: str, dtype: str, tmp_path: 
     shared = [rng.randrange(VOCAB) for _ in range(131)]
     wanted = asked(rng, 12, shared)
     outcomes, logits = alone(model, wanted)
-    events.update(dict.fromkeys(["rows compared", "chunk", "hit", "padded shape", "planned ahead"], 0))
+    events.update(dict.fromkeys(["rows compared", "chunk", "hit", "padded shape", "piece", "planned ahead"], 0))
     if family != "mistral":  # a window gives its pages back
         events["famine"] = 0
     for budget, pages, ahead in ((3, 400, False), (7, 62, False), (50, 62, True), (1024, 62, True)):
@@ -170,6 +174,8 @@ def test_bits_are_those_of_the_request_alone(family: str, dtype: str, tmp_path: 
         seen = Seen(engine)
         if ahead:
             pad(engine)
+        else:  # what is not recorded whole runs in pieces
+            cut(engine)
         if ahead and DEVICE == "cuda":  # a step that is recorded shows nobody what it holds
             del engine.runner._draw
             seen.logits = logits
@@ -185,6 +191,7 @@ def test_bits_are_those_of_the_request_alone(family: str, dtype: str, tmp_path: 
             events["famine"] += engine.stats.preemptions
         events["hit"] += engine.cache.hit_tokens
         events["planned ahead"] += engine.stats.ahead
+        events["piece"] += engine.runner.pieces.replays if engine.runner.pieces else 0
         events["padded shape"] += len(engine.runner.graphs.keys) if engine.runner.graphs else 0
 
 
@@ -294,6 +301,21 @@ def test_refuses_models_that_it_does_not_cover(tmp_path: Path) -> None:
     if DEVICE == "cpu":
         with pytest.raises(ConfigError, match=r"activations 'gelu'.*CPU.*or a GPU"):
             load(write(tmp_path, hidden_act="gelu"), "float32")
+
+
+def test_refuses_what_no_checkpoint_here_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised weights, decoders with other masks, layers with fixed states."""
+    with pytest.raises(ConfigError, match="weights are quantised"):
+        load_model(BUNDLED_MODEL, device="cpu", parity=True, quantization=Watched("test"))
+    model = load(write(tmp_path), "float32")
+    engine = engine_of(model)
+    decoders: Any = {"canopy": SimpleNamespace(tree=True, causal=False)}
+    with pytest.raises(ConfigError, match="decoder='canopy' evaluates rows"):
+        check_parity(engine.config, model, engine.runner.target.form, {}, decoders)
+    states = [LayerState("fixed", 1, 8, 8)]
+    monkeypatch.setattr(model, "layer_states", lambda: states)
+    with pytest.raises(ConfigError, match="fixed states"):
+        check_parity(engine.config, model, engine.runner.target.form, {}, {})
 
 
 def test_the_bundled_model_alone_and_in_a_batch() -> None:
