@@ -100,6 +100,11 @@ class EngineConfig:
     progress: bool | None = option(
         None, "say on stderr which stage of the start takes longer than a second; if not given, on a terminal only"
     )
+    parity: bool = option(
+        False,
+        "sum in fixed orders, so that a result is the same bit for bit whatever runs beside it; slower, and not for "
+        "every model and option",
+    )
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 
     def __post_init__(self) -> None:

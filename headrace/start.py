@@ -85,6 +85,7 @@ def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks, stages:
         adapters=AdapterBank(places, config.max_adapter_rank) if places else None,
         ranks=ranks,
         stages=stages,
+        parity=config.parity,
     )
     if tokenizer and tokenizer.vocab_size > network.config.vocab_size:
         log.warning(
@@ -128,7 +129,7 @@ def gather(settings: Settings) -> Ranks:
         )
     if settings.device == "cuda":
         _check_gpus(size)
-    place = Placement(torch.device("meta"), torch.float32, ranks=Ranks(size=size))
+    place = Placement(torch.device("meta"), torch.float32, ranks=Ranks(size=size), parity=config.parity)
     outline = build_model(read_config(settings.path), max_model_len=config.max_model_len, place=place)
     whole = {name: prod(whole_shape(views)) for name, views in outline.tensors().items() if IN_A_LAYER.search(name)}
     kept = {name: n for name, n in whole.items() if not isinstance(outline.tensors()[name], Pieces)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.bench import adapters, cpu, gpu, kernels, quantization, seams
+from headrace.bench import adapters, cpu, gpu, kernels, parity, quantization, seams
 
 BENCHES = {
     "adapters": adapters,
     "cpu": cpu,
     "gpu": gpu,
     "kernels": kernels,
+    "parity": parity,
     "quantization": quantization,
     "seams": seams,
 }

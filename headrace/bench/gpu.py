@@ -179,8 +179,8 @@ def _engine_options(device: str) -> dict[str, Any]:
 class Rig:
     """One engine that everything of a geometry is measured with."""
 
-    def __init__(self, path: Path, device: str) -> None:
-        self.llm = LLM(str(path), **_engine_options(device))
+    def __init__(self, path: Path, device: str, **options: Any) -> None:
+        self.llm = LLM(str(path), **{**_engine_options(device), **options})
         self.vocab_size = min(VOCABULARY, self.llm.engine.vocab_size)
 
     def fixed(self, count: int, prompt: int, outputs: int, seed: int = 1) -> list[Work]:

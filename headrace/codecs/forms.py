@@ -47,6 +47,8 @@ class GroupStep(NamedTuple):
     """Tokens of the prompt by request index, int32 [Bmax+1]."""
     chains: Sequence[Chain] = ()
     """Requests with several rows that each see all slots before them; none where the step is to be recorded."""
+    parity: bool = False
+    """Whether a row's bits have to be a function of that row and of what it sees; a form with `parity` only."""
 
 
 class Selection(Protocol):
@@ -82,6 +84,8 @@ class Form(ABC):
 
     captures = False
     """Whether a step may be recorded and replayed with other sizes: nothing waits for the device or reads `spans`."""
+    parity = False
+    """Whether it knows how to keep a row's bits from following from the other rows of the step."""
     captures_writes = True
     """Whether `write` may be recorded and replayed: it waits for nothing, and of the host it reads shapes alone."""
     uncaptured_rows: int | None = None
@@ -137,6 +141,7 @@ class Direct(Form):
     """The planes of the one class are keys [K, P, S, D] and values [K, P, S, Dv] as attention takes them."""
 
     captures = True
+    parity = True
 
     def __init__(self, device: torch.device) -> None:
         # On the CPU three operations over the rows of a step are faster than one that goes head by head.
@@ -149,7 +154,7 @@ class Direct(Form):
         return _DirectPlan(
             step,
             table_BP,
-            plan_attention(step.rows, table_BP, step.kv_len_B, step.page_size, step.spans, step.chains),
+            plan_attention(step.rows, table_BP, step.kv_len_B, step.page_size, step.spans, step.chains, step.parity),
         )
 
     def write(

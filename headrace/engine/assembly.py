@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from headrace.cache.manager import CacheGroup, group_layers
 from headrace.cache.states import StateGroup, check_decoder, group_states
 from headrace.codecs.base import Codec, load_codecs
@@ -25,6 +27,12 @@ from headrace.step import LayerState
 
 PLAIN = next(iter(DECODERS)).name
 """The decoder that every engine has: the first one registered."""
+
+PARITY_TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""By device the types for which all kernels of a model have a fixed order of sums."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ def assemble(config: EngineConfig, model: CausalLM, max_len: int, ranks: Ranks) 
     check_ranks(ranks.size, config, states, selector)
     # Decoders' own models keep and read everything.
     form = Selected(codec, selector) if selector.selects else codec.form(weight.device)
+    if config.parity:
+        check_parity(config, model, form, evictors, decoders)
     forms = [form, *(own_codec.form(weight.device) for _ in own_models)]
     codecs = [codec, *(own_codec for _ in own_models)]
     streams = _streams([model, *own_models], codecs, forms, finest(list(evictors.values())))
@@ -133,4 +143,46 @@ def check_ranks(size: int, config: EngineConfig, states: Sequence[LayerState], s
         raise ConfigError(
             f"tensor_parallel_size is {size}, and the model has layers with fixed states, which are not divided: use "
             "tensor_parallel_size=1"
+        )
+
+
+def check_parity(
+    config: EngineConfig,
+    model: CausalLM,
+    form: Form,
+    evictors: Mapping[str, Evictor],
+    decoders: Mapping[str, Decoder],
+) -> None:
+    """Raise ConfigError for parts whose results may follow from the other rows of a step."""
+    place = next(model.parameters())
+    types = PARITY_TYPES[place.device.type]
+    if not model.parity:
+        raise ConfigError(
+            "parity=True, and the model was built without: load it with load_model(..., parity=True), as LLM does"
+        )
+    if place.dtype not in types:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
+        raise ConfigError(
+            f"parity=True, and the model is in {str(place.dtype).removeprefix('torch.')}: on {place.device.type} the "
+            f"order of sums is fixed for {known}; choose another dtype, or leave parity out"
+        )
+    if any(state.kind == "fixed" for state in model.layer_states()):
+        raise ConfigError(
+            "parity=True, and the model has layers with fixed states, whose order of sums is not fixed: leave parity "
+            "out, or use another model"
+        )
+    if not form.parity:
+        raise ConfigError(
+            f"parity=True, and with codec={config.codec!r}, selector={config.selector!r} attention reads another table "
+            "in every step, so its order of sums is not fixed: leave out codec and selector, or parity"
+        )
+    for name in (name for name, evictor in evictors.items() if evictor.evicts):
+        raise ConfigError(
+            f"parity=True, and evictor={name!r} chooses slots by sums whose order is not fixed: leave one of the "
+            "two out"
+        )
+    for name in (name for name, decoder in decoders.items() if decoder.tree or not decoder.causal):
+        raise ConfigError(
+            f"parity=True, and decoder={name!r} evaluates rows that see other slots than all up to their own, "
+            "for which the order of sums is not fixed: leave one of the two out"
         )

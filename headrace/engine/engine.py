@@ -176,7 +176,7 @@ class Engine:
                 # A hit would need the states at its end, and none are kept.
                 prefix_caching=config.enable_prefix_caching and not state_groups,
                 namespace=f"{[stream.model.config for stream in parts.streams]!r} {self.dtype} page {config.page_size} "
-                f"codec {config.codec}",
+                f"codec {config.codec}{' parity' * config.parity}",
                 ranks=ranks,
             )
         if config.enable_prefix_caching and state_groups:

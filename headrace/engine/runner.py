@@ -207,6 +207,7 @@ class _Context:
                     spans,
                     runner.table.prompt_len,
                     runner.chains(granted, g) if spans and granted else (),
+                    stream.model.parity,
                 )
             )
 

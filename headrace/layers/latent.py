@@ -58,6 +58,7 @@ class LatentAttention(nn.Module):
         place: Placement,
     ) -> None:
         super().__init__()
+        place.refuse_parity("the model has latent attention")
         heads, parts = place.ranks.share(heads, "num_attention_heads")
         self.ranks = place.ranks
         self.layer, self.heads, self.latent = layer, heads, latent

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headrace.errors import UnsupportedModelError
 from headrace.kernels.project import project, project_onto
+from headrace.kernels.project_fixed import project_fixed, project_fixed_onto
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.silu_mul import silu_mul
 from headrace.layers.placement import Pieces, Placement, cut
@@ -54,7 +55,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, tuple(outputs)
-        self.ranks = place.ranks
+        self.ranks, self.parity = place.ranks, place.parity
         self.split = split if place.ranks.size > 1 else None
         self.parts = tuple(parts or [place.ranks.size] * len(self.outputs))
         self.store: WeightStore | None = None
@@ -64,6 +65,8 @@ class Linear(nn.Module):
         self.weight = (place if self._is_settled else place._replace(device=META)).matrix(sum(outputs), inputs)
         self.bias = place.empty(sum(outputs)) if bias else None
         bank = place.adapters
+        if bank is not None:
+            place.refuse_parity("there is room for adapters", "leave out adapters and max_adapters")
         self.room = None if bank is None else bank.room(inputs, outputs, place.device, place.dtype)
 
     def _settle(self, names: Sequence[str], transposed: bool) -> None:
@@ -75,6 +78,7 @@ class Linear(nn.Module):
         if self.store is None:
             self.weight = place.matrix(sum(self.outputs), self.inputs)
             return
+        place.refuse_parity("the checkpoint's weights are quantised", "use a checkpoint with dense weights")
         del self.weight
         if transposed and f"{names[0]}.weight" in self.store.tensors():
             raise UnsupportedModelError(
@@ -88,6 +92,8 @@ class Linear(nn.Module):
             return self._adapted(x, norm)
         if self.store is not None:
             return self.store.project(x, self.bias, norm=norm)
+        if self.parity:
+            return project_fixed(x, self.weight, self.bias, norm=norm)
         if self.split != "inputs":
             return project(x, self.weight, self.bias, norm=norm)
         y = project(x, self.weight, self.bias if self.ranks.rank == 0 else None)  # the bias is in one of the parts
@@ -100,6 +106,8 @@ class Linear(nn.Module):
             return silu_mul(self._adapted(x, norm))
         if self.store is not None:
             return self.store.project(x, self.bias, norm=norm, gated=True)
+        if self.parity:
+            return project_fixed(x, self.weight, self.bias, norm=norm, gated=True)
         return project(x, self.weight, self.bias, norm=norm, gated=True)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
@@ -112,6 +120,8 @@ class Linear(nn.Module):
             return
         if self.store is not None:
             self.store.project_onto(y, x, self.bias)
+        elif self.parity:
+            project_fixed_onto(y, x, self.weight, self.bias)
         else:
             project_onto(y, x, self.weight, self.bias)
         if self.room is not None and self.room.active:

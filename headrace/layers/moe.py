@@ -53,6 +53,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, routing: Routing, place: Placement) -> None:
         super().__init__()
+        place.refuse_parity("the model has experts")
         self.routing = routing
         self.weight = place.matrix(routing.experts, width)
         self.bias = place.empty(routing.experts) if routing.bias else None

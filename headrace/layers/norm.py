@@ -74,6 +74,7 @@ class LayerNorm(Norm):
 
     def __init__(self, width: int, eps: float, place: Placement) -> None:
         super().__init__()
+        place.refuse_parity("the model has layer norms")
         self.weight, self.bias = place.empty(width), place.empty(width)
         self.eps = eps
 

@@ -27,6 +27,16 @@ class Placement(NamedTuple):
     """The form in which the checkpoint stores the weights of linear maps; None: they are dense."""
     ranks: Ranks = ONE
     """The ranks that a layer may divide its parameters among; one that divides nothing is whole on each of them."""
+    parity: bool = False
+    """Whether each row's bits have to be a function of that row alone; see `refuse_parity`."""
+
+    def refuse_parity(self, what: str, way_out: str = "use another model") -> None:
+        """For a layer whose results may follow from the other rows of a step: raise ConfigError if they must not."""
+        if self.parity:
+            raise ConfigError(
+                f"parity=True, but {what}: their results may change in the last bits with the other rows of a step; "
+                f"leave parity out, or {way_out}"
+            )
 
     def widened(self) -> Placement:
         """The same place for numbers that need float32 at least."""

@@ -23,6 +23,8 @@ class CausalLM(nn.Module, ABC):
     """Positions 0 .. max_model_len - 1 can be evaluated; an index outside is an error of the caller."""
     adapters: AdapterBank | None = None
     """Where adapters are loaded; None: the model was built without room for any."""
+    parity = False
+    """Whether the bits of each row are a function of that row and of what it sees."""
     prefix = ""
     """What all names of tensors but the head's begin with; some checkpoints leave it out."""
 

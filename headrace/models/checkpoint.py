@@ -60,6 +60,7 @@ def load_model(
     quantization: Quantization | None = None,
     ranks: Ranks = ONE,
     stages: Stages | None = None,
+    parity: bool = False,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -78,6 +79,7 @@ def load_model(
         ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
             same model on any number of ranks.
         stages: is told how long what takes; None: nobody asks.
+        parity: each row's bits are a function of that row and of what it sees; see `EngineConfig.parity`.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -102,6 +104,7 @@ def load_model(
     with stages.stage("outline"):
         # Without the bank: its rooms are those of the model itself.
         place = Placement(device, wanted or _known_dtype(config, device), None, config.quantization, ranks)
+        place = place._replace(parity=parity)
         outline = _outline(config, max_model_len, place)
         entries: dict[str, Entry] = {}
         if load_format == "auto":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headrace.errors import ConfigError
 from headrace.kernels.project import project
+from headrace.kernels.project_fixed import project_fixed
 from headrace.layers.attention import Attention, Mixer
 from headrace.layers.mlp import FeedForward, GatedMLP
 from headrace.layers.norm import Norm, RMSNorm
@@ -179,7 +180,7 @@ class DecoderLM(CausalLM):
         names: ModelNames | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.parity = config, place.parity
         self.names = names or ModelNames()
         self.prefix = self.names.prefix
         self.max_model_len = usable_len(config, max_model_len)
@@ -198,9 +199,22 @@ class DecoderLM(CausalLM):
         self._rotary_of = [None if rope is None else distinct.index(rope) for rope in ropes]
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.num_layers))
         self.norm = norm(config, place) if final_norm is None else final_norm()
+        self._check_parity(place)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _check_parity(self, place: Placement) -> None:
+        """Raise ConfigError for what torch computes on the CPU in vectors, and single numbers where a tensor ends."""
+        config = self.config
+        found = {
+            f"activations {config.activation!r}": config.activation != "silu",
+            "capped logits": bool(config.logits_softcap),
+            "scaled residual sums": any(block.scale != 1.0 for block in self._blocks()),
+        }
+        for what, is_there in found.items():
+            if is_there and place.device.type == "cpu":
+                place.refuse_parity(f"the model has {what} and runs on the CPU", "use another model, or a GPU")
 
     def _rotations(self, pos_R: Tensor) -> list[Rotation]:
         return [Rotation(rotary, pos_R) for rotary in self.rotaries if isinstance(rotary, Rotary)]
@@ -228,7 +242,7 @@ class DecoderLM(CausalLM):
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
         """Logits [M, V] in the model's type."""
-        logits_MV = project(hidden_ME, self.head_VE)
+        logits_MV = (project_fixed if self.parity else project)(hidden_ME, self.head_VE)
         if self.config.logits_divisor != 1.0:
             logits_MV.div_(self.config.logits_divisor)
         cap = self.config.logits_softcap

@@ -30,6 +30,7 @@ from headrace.kernels.draw_rows.gpu import draw_rows_gpu
 from headrace.kernels.experts import gpu as experts
 from headrace.kernels.place.gpu import place_gpu
 from headrace.kernels.project import gpu as project
+from headrace.kernels.project_fixed import gpu as project_fixed
 from headrace.kernels.project_fp8 import gpu as project_fp8
 from headrace.kernels.project_int4 import gpu as project_int4
 from headrace.kernels.report import Priced
@@ -121,6 +122,7 @@ def launch_all() -> None:
             report_gpu(Advanced(*ints(3, n)), drafted, Priced(ints(n, n), ints(n, n), torch.zeros(n)))
 
     project_all()
+    project_fixed_all()
     project_quantised_all()
     adapt_all()
     turn_all()
@@ -138,6 +140,12 @@ def launch_all() -> None:
     attend_once(torch.float32, 33, 1, 6, 2, 5, full=False, splits=False)
     attend_once(torch.bfloat16, 64, 64, 8, 4, 256, full=True, splits=True)
     attend_once(torch.bfloat16, 2048, 2, 16, 8, 256, full=False, splits=False)
+    for dtype, heads, kv_heads, size in (
+        (torch.bfloat16, 32, 8, 128),
+        (torch.float16, 8, 4, 256),
+        (torch.float32, 3, 1, 8),
+    ):
+        attend_once(dtype, 64, 64, heads, kv_heads, size, full=False, splits=False, parity=True)
     for n_rows, n_reqs in ((64, 64), (1, 1), (2048, 2)):
         attend_once(torch.bfloat16, n_rows, n_reqs, 128, 1, 576, full=False, splits=n_rows < 100, v_size=512)
     attend_once(torch.bfloat16, 20, 20, 16, 1, 576, full=False, splits=False, v_size=512)
@@ -165,6 +173,25 @@ def project_all() -> None:
         project.project_gpu(x, weight, gated=True)
         project.project_onto_gpu(y, x, weight[:outputs])
         project.project_onto_gpu(y, x, weight[:outputs], bias[:outputs])
+
+
+def project_fixed_all() -> None:
+    """Splits apart, in one program, and none, for one row and for prompts, launches overlapping."""
+    project_fixed.overlaps = lambda device: True
+    for dtype, rows, outputs, inputs in (
+        (torch.bfloat16, 1, 4096, 4096),
+        (torch.bfloat16, 2048, 4096, 4096),
+        (torch.bfloat16, 64, 128256, 4096),
+        (torch.float16, 300, 77, 1001),
+        (torch.float32, 3, 77, 1000),
+        (torch.float32, 600, 1024, 1024),
+    ):
+        x, y, weight, bias = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((rows, inputs), (rows, outputs), (outputs, inputs), (outputs,))
+        )
+        project_fixed.multiply_gpu(x, weight, None, y)
+        project_fixed.multiply_gpu(x, weight, bias, None)
 
 
 def project_quantised_all() -> None:
@@ -232,6 +259,7 @@ def attend_once(
     full: bool,
     splits: bool,
     v_size: int | None = None,
+    parity: bool = False,
 ) -> None:
     """Launch one step over tensors without contents; `full` asks for masks, a window, softcap, sinks and lse."""
     gpu_shape.PROGRAMS_A_PROCESSOR = 2**12 if splits else 1
@@ -247,7 +275,8 @@ def attend_once(
     q_RHD = empty(n_rows, heads, size, kind=dtype)
     tables = empty(n_reqs + 1, 2048), empty(n_reqs + 1)
     for seen in (rows, rows._replace(bits_R=None, words_W=None, joined=True, few=n_rows < 16 * n_reqs)):
-        gpu.attend(q_RHD, seen, *pools, *tables, scale=0.1, **(options if full else {}))
+        plan = gpu.GpuPlan(seen, *tables, 16, parity=parity)
+        gpu.attend(q_RHD, seen, *pools, *tables, scale=0.1, plan=plan, **(options if full else {}))
     k_RKD = q_RHD[:, :kv_heads]
     gpu.write_kv(k_RKD, k_RKD[..., :v_size], *pools, empty(n_rows, kind=torch.int64))
 

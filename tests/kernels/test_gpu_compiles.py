@@ -11,7 +11,7 @@ import pytest
 
 NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance", "_fill"}
 NAMES |= {"_place", "_walk", "_gather", "_pack", "_turn"}
-NAMES |= {"multiply_row", "multiply_tile", "multiply_experts"}
+NAMES |= {"multiply_row", "multiply_tile", "multiply_fixed", "multiply_experts"}
 NAMES |= {"_shrink_row", "_expand_row", "_shrink_tile", "_expand_tile"}
 NAMES |= {"list_tiles", "attend_tiles", "attend_few", "merge_splits", "write_rows"}
 NAMES |= {"int4_row", "int4_tile", "int4_unpack", "fp8_row", "fp8_tile", "fp8_unpack"}

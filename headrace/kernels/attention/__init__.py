@@ -17,6 +17,9 @@ from headrace.kernels.attention.reference import FEW_ROWS, AttentionRows, Refere
 from headrace.kernels.attention.squares import Chain
 from headrace.step import NONE
 
+NEVER = 2**40
+"""More rows than a request can have."""
+
 if TYPE_CHECKING:
     from headrace.kernels.attention.cpu import CpuPlan
 
@@ -42,6 +45,7 @@ def plan_attention(
     page_size: int,
     lens: Sequence[tuple[int, int, int]] | None = None,
     chains: Sequence[Chain] = (),
+    parity: bool = False,
 ) -> AttentionPlan:
     """Prepare one step of one group of layers; all layers of the group use the result.
 
@@ -57,13 +61,17 @@ def plan_attention(
             them; the CPU form and the reference wait for the device without it. A GPU has no use for it.
         chains: what the host knows of requests with many rows that each see all before them: a GPU may take a faster
             way. Not for a step that is recorded and replayed with other sizes.
+        parity: a row's bits follow from that row and what it sees, whatever the other rows of the step are. Not for
+            rows with masks.
     """
     if kv_len_B.device.type == "cpu":
         from headrace.kernels.attention import cpu  # numba is loaded where it is used
 
-        return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens)
+        # In parity a request is left to the kernel, however many rows it has.
+        wide_from = NEVER if parity else cpu.WIDE_FROM
+        return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens, wide_from)
     if kv_len_B.device.type == "cuda":
-        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, chains)
+        return gpu.GpuPlan(rows, page_table_BP, kv_len_B, page_size, chains, parity)
     return reference.plan_attention(rows, kv_len_B, lens)
 
 

@@ -21,6 +21,7 @@ from headrace.kernels.attention.gpu_shape import (
     Shape,
     choose_shape,
     choose_stream,
+    fixed_shape,
     least_blocks,
     padded,
     parts_of_group,
@@ -46,16 +47,19 @@ class GpuPlan:
         kv_len_B: Tensor,
         page_size: int,
         chains: Sequence[Chain] = (),
+        parity: bool = False,
     ) -> None:
         reference.check_bits(rows)
         self.rows, self.kv_len_B = rows, kv_len_B
-        self.squares = find_squares(chains)
+        self.parity = parity
+        self.squares = [] if parity else find_squares(chains)
         self._paged: GpuPlan | None = None
         self._tables = page_table_BP, page_size
         self.max_slots = page_table_BP.shape[1] * page_size
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
         self.is_joined = rows.joined and rows.bits_R is None
-        self.is_stream = self.is_joined and rows.few
+        # In parity prompts take the way of few rows too.
+        self.is_stream = self.is_joined and (parity or rows.few)
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
@@ -72,6 +76,8 @@ class GpuPlan:
 
     def shape(self, heads: Heads) -> Shape:
         """The cut of the step for heads of one kind; see `gpu_shape`."""
+        if self.parity:
+            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip(), self.is_stream)
         sizes = self.n_rows, self.n_reqs, self.max_slots, heads, self.chip()
         # Of rows that are joined and not few, those of requests with few rows have a pass of their own.
         return choose_stream(*sizes) if self.is_stream else choose_shape(*sizes, prompts=self.is_joined)
@@ -208,7 +214,9 @@ def attend(
     if plan.is_stream:
         _attend_few(work, shape, *plan.tiles(shape, window))
         return out_RHD, lse_RH
-    few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if plan.is_joined else None)
+    few = None
+    if not plan.parity:
+        few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if plan.is_joined else None)
     _attend_tiles(work, shape, plan.tiles(shape, window, few.tile_rows + 1 if few else 0)[0])
     if few:
         # After the others, whose merge of splits goes over all rows.
@@ -313,6 +321,8 @@ def _attend_tiles(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
         HAS_BITS=rows.bits_R is not None,
         EXACT=work.q_RHD.dtype == torch.float32,
         IS_SPLIT=is_split,
+        # Blocks with and without a mask are compiled apart, and in parity must not round a score in two ways.
+        enable_fp_fusion=not work.plan.parity,
         **work.constants(cut),
     )
     if is_split:
@@ -366,6 +376,9 @@ def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> N
         LINES=min(next_power(work.heads.group * cut.tile_rows), JOINED_LINES),
         LEAST=least_blocks(cut),
         STAGES=cut.n_stages,
+        FIXED=work.plan.parity,
+        # What is inside and in front of a loop is compiled apart, and in parity must not round in two ways.
+        enable_fp_fusion=not work.plan.parity,
         OVERLAP=overlap,
         launch_pdl=overlap and is_listed,
         **work.constants(cut),

@@ -175,10 +175,12 @@ def attend_few(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    FIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program a tile, key/value head and split; of n active splits, split j visits the blocks begin + j, begin + j
-    + n, ...
+    + n, ... FIXED: all are active, and j visits the blocks whose number leaves j when divided by n, so that what a row
+    sums in which order follows from no other row of its tile.
 
     A tile has an active split for every LEAST blocks, N_SPLITS at most; with one, the result is written at once.
     `arrived_TK` is zero between launches.
@@ -196,6 +198,9 @@ def attend_few(
     begin = tl.load(at + 4)
     stop = tl.load(at + 7)
     active = tl.maximum(tl.minimum((stop - begin + LEAST - 1) // LEAST, N_SPLITS), 1)
+    if FIXED:
+        active = tl.maximum(active, N_SPLITS)
+        begin = begin // N_SPLITS * N_SPLITS
     if (row0 >= row_end) | (split >= active):
         if OVERLAP:
             tl.extra.cuda.gdc_wait()

@@ -24,6 +24,11 @@ PROMPT_ROWS = FEW_ROWS
 """Rows a request, on average, from which a step counts as prompts: these take the largest tile."""
 QUERY_BYTES = 2**16
 """Bytes of the queries of a tile."""
+PARITY_LINES = 16
+"""Lines of every tile in parity, a power of two from 16 on. Decode fills a few of them, prompts all: fewer lines make
+decoding faster, more make prompts faster."""
+PARITY_SPLITS = 4
+"""Splits of every context in parity, a power of two."""
 SMALLEST_DOT = 16
 """Smallest side of a matrix product."""
 JOINED_PARTS = 16
@@ -49,6 +54,8 @@ STREAMS = Limits(2**13, 4, 4, 1)
 """Of `gpu_kernel_few.attend_few`, where there are requests enough to fill the chip."""
 WIDE_STREAMS = Limits(2**14, 4, 4, 1)
 """Where there are not."""
+PARITY_STREAM = STREAMS
+"""In parity, for any number of requests."""
 
 
 class Heads(NamedTuple):
@@ -132,6 +139,30 @@ def choose_shape(
         n_splits=next_power(most + 1) // 2,
         n_warps=8 if wide else limits.n_warps,
         n_stages=min(max(n_stages, 1), limits.n_stages),
+    )
+
+
+def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip, is_stream: bool) -> Shape:
+    """The cut of a step in which a row's bits may not follow from the other rows.
+
+    One form of tile for one row as for thousands: lanes of sums and the kind of matrix instruction are then the same.
+    Blocks of slots begin at absolute multiples, and how they are dealt out to splits follows from no length. What is
+    chosen besides, stages, changes no bit. `is_stream`: for the kernel of few rows, which takes all that are joined.
+    """
+    usual = choose_shape(n_rows, n_reqs, 1, heads, chip, PARITY_STREAM if is_stream else TILES)
+    lines = PARITY_LINES if heads.itemsize <= 2 and padded(max(heads.size, heads.v_size)) <= 256 else SMALLEST_DOT
+    block_m = max(lines, next_power(heads.group))
+    tile_rows = block_m // heads.group
+    widths = padded(heads.size) + padded(heads.v_size)
+    room = chip.shared_bytes // 2 - block_m * (padded(heads.size) * heads.itemsize + usual.block_n * 4)
+    return Shape(
+        tile_rows=tile_rows,
+        block_m=block_m,
+        block_n=usual.block_n,
+        n_tiles=n_rows // tile_rows + n_reqs + 1,
+        n_splits=PARITY_SPLITS,
+        n_warps=PARITY_STREAM.n_warps,
+        n_stages=min(max(room // (usual.block_n * widths * heads.itemsize), 1), PARITY_STREAM.n_stages),
     )
 
 

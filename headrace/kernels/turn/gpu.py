@@ -95,7 +95,8 @@ def turn_gpu(work: Turn, k_pool_KPSD: Tensor, v_pool_KPSD: Tensor, place_R: Tens
     block_h = next_power(size // 2)
     block_n = min(max(_TILE // block_h, 1), next_power(heads))
     if rows * -(-heads // block_n) < 256:
-        block_n = min(block_n, 4)  # of few rows, programs for many processors
+        # Of few rows, programs for many processors; not so small that a head is summed by more threads than of many.
+        block_n = min(block_n, max(4, 256 // block_h))
     weight, eps = (qkv_RND, 0.0) if work.norm is None else (work.norm[0].contiguous(), work.norm[1])
     _turn[(rows, -(-heads // block_n))](
         qkv_RND,
