@@ -19,12 +19,10 @@ endif
 DEMO = $(PY) -m headrace.cli generate examples/prompts.jsonl -o out/completions.jsonl --temperature 0.6 --max-tokens 64 --seed 1 --compare
 TEST_ALL_OUTPUT := docs/benchmarks/test-all.txt
 PYTEST_ARGS ?=
-# Processes of `make test` and `make test-all`, and those that share the GPU in `make test-gpu`.
+# Processes of `make test` and `make test-all`, and those that share the GPU in `make test-gpu`, each with a
+# context of its own.
 CORES ?= 2
-JOBS ?= 8
-# The suites over the tiny model, which `make test-gpu` runs on the GPU.
-SUITES = $(addprefix tests/,engine/test_law_one.py engine/test_pieces.py engine/test_fork.py engine/test_urgency.py engine/test_swap.py \
-    engine/test_parity_mode.py decoding eviction state codecs selection lora/test_lora_law_one.py)
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 8); echo $$((n < 12 ? n : 12)))
 MACHINE := "from headrace.bench.report import headline, machine; print(headline(machine()))"
 LINT_IMPORTS := "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo'])"
 
@@ -39,7 +37,7 @@ help:
 	@echo "make demo      install and complete the example prompts with the bundled model"
 	@echo "make test      linter, types, import contract, documents, tests (20 minutes at most on two cores)"
 	@echo "make test-all  the same with the long runs; writes $(TEST_ALL_OUTPUT)"
-	@echo "make test-gpu  the tests that need a GPU; one that is skipped fails"
+	@echo "make test-gpu  the tests that need a GPU and the suites of the engine on it; one that is skipped fails"
 	@echo "make lint      linter, types and import contract only"
 	@echo "make docs      write the generated pages of docs/ again"
 	@echo "make bench     measure on this machine"
@@ -70,8 +68,8 @@ test-all: lint
 	    HYPOTHESIS_PROFILE=searching $(PY) -m pytest -n $(CORES) -m "not gpu" --durations=20 $(PYTEST_ARGS); } 2>&1 | tee $(TEST_ALL_OUTPUT)
 
 test-gpu: $(DEVELOPMENT)
-	@HEADRACE_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -rs -n $(JOBS) $(PYTEST_ARGS)
-	@HEADRACE_TEST_DEVICE=cuda $(PY) -m pytest $(SUITES) -n $(JOBS) $(PYTEST_ARGS)
+	@HEADRACE_REQUIRE_GPU=1 HEADRACE_TEST_DEVICE=cuda $(PY) -m pytest -m gpu -rs -n $(JOBS) --maxschedchunk=1 --durations=15 \
+	    $(PYTEST_ARGS)
 
 bench: $(RUNTIME)
 	@$(PY) -m headrace.cli bench cpu

@@ -28,7 +28,7 @@ from typing import Any
 
 from headrace.checks import show
 from headrace.engine.adapters import LoadedAdapter
-from headrace.engine.engine import check_request_id, check_urgency
+from headrace.engine.intake import check_request_id, check_urgency
 from headrace.errors import ConfigError, EngineDeadError, HeadraceError, QueueFullError
 from headrace.front import Encoded, Prompt, TextFront
 from headrace.llm import LLM

@@ -44,7 +44,7 @@ class EngineConfig:
     max_model_len: int | None = option(None, "longest prompt plus output in tokens; the model's own limit if not given")
     max_num_seqs: int = option(256, "most requests that hold cache at once")
     max_num_batched_tokens: int | None = option(
-        None, "rows (tokens) evaluated a step; if not given, chosen at the knee of the measured step time"
+        None, "rows (tokens) evaluated a step; if not given, chosen by measured step times"
     )
     adapters: str | Mapping[str, str] | None = option(
         None,
@@ -101,6 +101,9 @@ class EngineConfig:
         False,
         "sum in fixed orders, so that a result is the same bit for bit whatever runs beside it; slower, and not for "
         "every model and option",
+    )
+    progress: bool | None = option(
+        None, "say on stderr which stage of the start takes longer than a second; if not given, on a terminal only"
     )
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from headrace.front import TextFront
+from headrace.progress import Stages
 from headrace.start import Settings, load_tokenizer, start
 from headrace.team import Member, is_refusal, watch_parent
 
@@ -47,7 +48,8 @@ def main() -> int:
 
 def _follow(member: Member, settings: Settings) -> None:
     """One engine, from its options to its end."""
-    front = start(settings, load_tokenizer(settings), member)
+    stages = Stages()
+    front = start(settings, load_tokenizer(settings, stages), member, stages)
     while (call := member.next_call()) is not None:
         name, args, kwargs = call
         try:

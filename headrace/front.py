@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, cast
 
 from headrace.checks import show, unknown
-from headrace.engine.engine import Engine, as_ids
+from headrace.engine.engine import Engine
+from headrace.engine.intake import as_ids
 from headrace.errors import RequestError
 from headrace.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from headrace.params import SamplingParams

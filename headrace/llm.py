@@ -32,6 +32,7 @@ from headrace.models.checkpoint import resolve_model
 from headrace.models.registry import read_config
 from headrace.outputs import CompletionOutput, RequestOutput, ScoreOutput
 from headrace.params import SamplingParams
+from headrace.progress import Stages
 from headrace.request import Request
 from headrace.start import Settings, choose_device, gather, load_tokenizer, start
 from headrace.text.tools import ToolChoice, ToolFormat, choose_format, structural_tag
@@ -63,15 +64,17 @@ class LLM:
         if model is None and options.get("draft_model") is None and "draft_model" in str(options.get("decoder")):
             options = {**options, "draft_model": str(BUNDLED_DRAFT)}  # the bundled model brings its drafter
         self.config = EngineConfig(model=cast("str | None", model), **options)
-        device = choose_device(self.config.device)
+        stages = Stages(self.config.progress)
+        with stages.stage("device"):
+            device = choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
         settings = Settings(self.config, path, device)
-        self.tokenizer = load_tokenizer(settings)
+        self.tokenizer = load_tokenizer(settings, stages)
         self._ranks = gather(settings)
         try:
-            self.front = start(settings, self.tokenizer, self._ranks)
+            self.front = start(settings, self.tokenizer, self._ranks, stages)
         except BaseException as error:
             told = self._ranks.failed(error)
             if told is error:

@@ -14,13 +14,15 @@ import torch
 import torch.distributed
 
 from headrace.config import EngineConfig
-from headrace.engine.engine import Engine, check_ranks
+from headrace.engine.assembly import check_ranks
+from headrace.engine.engine import Engine
 from headrace.errors import ConfigError
 from headrace.front import TextFront
 from headrace.layers.adapters import AdapterBank
 from headrace.layers.placement import Pieces, Placement, whole_shape
 from headrace.models.checkpoint import load_model, resolve_model
 from headrace.models.registry import build_model, read_config
+from headrace.progress import Stages
 from headrace.ranks import ONE, Ranks
 from headrace.selection.base import load_selector
 from headrace.team import Lead
@@ -53,21 +55,25 @@ def choose_device(name: str) -> str:
     return "cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu"
 
 
-def load_tokenizer(settings: Settings) -> Tokenizer | None:
+def load_tokenizer(settings: Settings, stages: Stages) -> Tokenizer | None:
     """The tokenizer; None if none is wanted. Raises TokenizerError or CheckpointError."""
     config = settings.config
     if config.skip_tokenizer_init:
         return None
-    return Tokenizer.from_dir(resolve_model(config.tokenizer, weights=False) if config.tokenizer else settings.path)
+    with stages.stage("tokenizer"):
+        return Tokenizer.from_dir(resolve_model(config.tokenizer, weights=False) if config.tokenizer else settings.path)
 
 
-def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks) -> TextFront:
-    """Load this rank's share of the model and start an engine over it.
+def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks, stages: Stages) -> TextFront:
+    """Load this rank's share of the model and start an engine over it. How long that takes goes to `stages`.
 
     Raises ConfigError for options that cannot work, CheckpointError for broken files, CapacityError for want of memory.
     """
     config = settings.config
     began_s = time.perf_counter()
+    if settings.device == "cuda":
+        with stages.stage("device"):
+            torch.empty(1, device=settings.device)  # makes the context, which takes long and belongs to no other stage
     places = config.adapter_places
     network = load_model(
         str(settings.path),
@@ -79,6 +85,7 @@ def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks) -> Text
         adapters=AdapterBank(places, config.max_adapter_rank) if places else None,
         ranks=ranks,
         parity=config.parity,
+        stages=stages,
     )
     if tokenizer and tokenizer.vocab_size > network.config.vocab_size:
         log.warning(
@@ -90,12 +97,13 @@ def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks) -> Text
     ranks.meet(nbytes, time.perf_counter() - began_s)
     eos_ids = tokenizer.eos_ids if tokenizer else list(network.config.eos_token_ids)
     spellings = tokenizer.spellings if tokenizer else None
-    engine = Engine(config, network, eos_ids=eos_ids, ranks=ranks, spellings=spellings)
+    engine = Engine(config, network, eos_ids=eos_ids, ranks=ranks, spellings=spellings, stages=stages)
     if config.draft_model and not any(decoder.models for decoder in engine.decoders.values()):
         raise ConfigError(
             f"draft_model is {config.draft_model!r}, but decoder={config.decoder!r} runs no model of its own: leave it "
             "out, or load a decoder that drafts with a model"
         )
+    log.info("started: %s", stages)
     return TextFront(engine, tokenizer)
 
 

@@ -1,10 +1,11 @@
-"""Shared set-up: counts of what property tests met, and GPU tests that must not skip."""
+"""Shared set-up: counts of what property tests met, GPU tests that must not skip, and suites that run on a GPU too."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,28 @@ settings.register_profile("searching", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 _PROPERTY = "events"
+_HERE = Path(__file__).parent
+_SUITES = [
+    _HERE / name
+    for name in (
+        "engine/test_law_one.py",
+        "engine/test_pieces.py",
+        "engine/test_fork.py",
+        "engine/test_urgency.py",
+        "engine/test_swap.py",
+        "engine/test_parity_mode.py",
+        "decoding/test_causal.py",
+        "decoding/test_chains.py",
+        "decoding/test_everything.py",
+        "decoding/test_walk.py",
+        "eviction",
+        "state",
+        "codecs",
+        "selection",
+        "lora/test_lora_law_one.py",
+    )
+]
+"""Tests over the tiny model that `make test-gpu` runs on the GPU: with HEADRACE_TEST_DEVICE=cuda they are marked."""
 
 
 @pytest.fixture
@@ -27,6 +50,17 @@ def events(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     yield counts
     missing = [name for name, count in counts.items() if not count]
     assert not missing, f"these events never happened, so nothing about them was tested: {missing}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the suites are tests of the GPU, and the long ones begin first: several processes share the rest."""
+    if os.environ.get("HEADRACE_TEST_DEVICE", "cpu") == "cpu":
+        return
+    for item in items:
+        if not item.get_closest_marker("slow") and any(item.path.is_relative_to(suite) for suite in _SUITES):
+            item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: _PROPERTY not in getattr(item, "fixturenames", ()))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

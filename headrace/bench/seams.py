@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,7 @@ class Loop:
             torch.arange(count + 1, dtype=torch.int32, device=device),
             self.reqs_B.int(),
             joined=True,
+            few=True,
         )
         table = self.table
         self.params = DrawParams(*(x[self.reqs_B] for x in (table.temperature, table.top_k, table.top_p, table.min_p)))
@@ -149,26 +151,17 @@ class Loop:
         return self.t_B[None]
 
     def attend(
-        self,
-        layer: int,
-        q_RHD: Tensor,
-        k_RKD: Tensor,
-        v_RKD: Tensor,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        sinks_H: Tensor | None = None,
-        turn: Turn | None = None,
+        self, layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor, *, turn: Turn | None = None, **options: Any
     ) -> Tensor:
-        """What the layers call; they ask for neither caps nor sinks here."""
+        """What the layers call; `options` are those of the kernel."""
         k_KPSD, v_KPSD = self.cache.layer_pools(layer)
         if turn is None:
             write_kv(k_RKD, v_RKD, k_KPSD, v_KPSD, self.place_B)
         else:
             turn_and_write(turn, k_KPSD, v_KPSD, self.place_B)
-        return attend(q_RHD, self.rows, k_KPSD, v_KPSD, self.page_table_BP, self.kv_len_B, scale=scale, plan=self.plan)[
-            0
-        ]
+        tables = self.page_table_BP, self.kv_len_B
+        out_RHD, _ = attend(q_RHD, self.rows, k_KPSD, v_KPSD, *tables, plan=self.plan, **options)
+        return out_RHD
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -163,9 +163,10 @@ class StateStore:
     def admit(self, index: int) -> None:
         """A request takes `index`: its states are zero."""
         self._take(index)
+        # Not by assignment: that copies a number from the host, and waits for the device.
         for pool_LSX in self._pools_LSX:
-            pool_LSX[:, index + 1] = 0
-        self._tokens_S[index + 1] = 0
+            pool_LSX[:, index + 1].zero_()
+        self._tokens_S[index + 1].zero_()
 
     def release(self, index: int) -> None:
         """The request gives `index` back. Raises InvariantError if nobody holds it."""

@@ -371,6 +371,7 @@ class Selected(Form):
             None if rows.bits_R is None else rows.bits_R[row_X],
             rows.words_W,
             rows.joined,
+            few=True,
         )
         front_X = front_R[row_X]
         kept_X = front_X.clamp(max=self.selector.pages)

@@ -47,7 +47,7 @@ class ChainDecoder(Decoder):
 
     def admit(self, request: Request) -> None:
         """Nothing is drafted yet."""
-        self.count_B[request.index] = 0
+        self.count_B[request.index].zero_()  # an assignment would copy a number from the host and wait
 
     def demand(self, clocks: Clocks) -> Demand:
         """Pending tokens and drafts; one row is enough for progress."""

@@ -63,7 +63,7 @@ class DraftModel(ChainDecoder):
 
     def admit(self, request: Request) -> None:
         """A prefix hit brings the draft model's cache too."""
-        self._written_B[request.index] = 0
+        self._written_B[request.index].zero_()  # see Chain.admit
 
     def captures(self, prompts: bool) -> bool:
         """Steps of drafts: all counts of rows are known before."""

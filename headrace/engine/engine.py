@@ -9,62 +9,56 @@ decoder, processors and layer kinds only through their contracts.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import logging
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from headrace.cache.manager import CacheGroup, CacheManager, group_layers
-from headrace.cache.states import StateStore, check_decoder, group_states, state_bytes
+from headrace.cache.manager import CacheManager
+from headrace.cache.states import StateStore, state_bytes
 from headrace.cache.swap import SwapSpace
-from headrace.checks import show, whole_number
-from headrace.codecs.base import Codec, load_codecs
-from headrace.codecs.forms import Form, Selected
+from headrace.checks import show
 from headrace.config import EngineConfig
-from headrace.decoding.base import Clocks, Decoder, Demand, Setup
+from headrace.decoding.base import Clocks, Demand
 from headrace.engine.adapters import Adapters, LoadedAdapter
+from headrace.engine.assembly import assemble
 from headrace.engine.graphs import Pool, StepGraphs
+from headrace.engine.intake import Intake, check_request_id, check_urgency
 from headrace.engine.pieces import StepPieces
 from headrace.engine.preempt import Preemption, SwapStats, swap_space_bytes
-from headrace.engine.runner import Granted, Runner, StepReport, Stream
-from headrace.engine.sizing import MAX_ROWS, check_tables, choose_pages, fit_length, measure_knee, pieces_bytes
+from headrace.engine.runner import Granted, Runner, StepReport
+from headrace.engine.sizing import (
+    MAX_ROWS,
+    check_tables,
+    choose_pages,
+    fit_length,
+    measure_knee,
+    pieces_bytes,
+    widest_budget,
+)
 from headrace.engine.steady import SteadyBatch
 from headrace.engine.upkeep import Upkeep
-from headrace.errors import ConfigError, InvariantError, NumericalError, RequestError
-from headrace.eviction.base import Evictor, Unit, budget_of, finest, load_evictors
+from headrace.errors import InvariantError, NumericalError, RequestError
 from headrace.kernels.draw import stream_key
 from headrace.models.adapters import Adapter
 from headrace.models.base import CausalLM
 from headrace.params import MAX_SEED, SamplingParams
-from headrace.parts import DECODERS, PROCESSORS, SCHEDULERS
+from headrace.parts import PROCESSORS, SCHEDULERS
+from headrace.progress import Stages
 from headrace.ranks import ONE, Ranks, command
-from headrace.request import Finish, Logprob, PositionLogprobs, Request, State, check_record
+from headrace.request import Finish, Logprob, PositionLogprobs, Request, State
 from headrace.sampling.logprobs import TopLogprobs
 from headrace.sampling.processors import LogitProcessor
 from headrace.sampling.processors import Setup as ProcessorSetup
 from headrace.scheduling.base import RequestView, Schedule, Snapshot, compose
-from headrace.selection.base import Selector, load_selector
-from headrace.step import LayerState
-from headrace.tables import MAX_STOP_IDS, RequestTable
+from headrace.tables import RequestTable
 
 log = logging.getLogger("headrace")
-
-PLAIN = next(iter(DECODERS)).name
-"""The decoder that every engine has: the first one registered."""
-
-PARITY_TYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
-"""By device the types for which all kernels of a model have a fixed order of sums."""
 
 DIGESTED_TOKENS = 8
 """Newest tokens of each request that ranks compare behind a step."""
@@ -129,10 +123,14 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ONE,
         spellings: Callable[[], Sequence[bytes]] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         """Size cache and step, and build the tables. `clock` gives seconds for deadlines and metrics. `ranks` are those
         among which the model's layers are divided. `spellings` gives the bytes of each token, for what has to know
-        them. Raises ConfigError or CapacityError."""
+        them. `stages` is told how long what takes. Raises ConfigError or CapacityError."""
+        stages = stages or Stages()
+        self.start_times_s = stages.seconds
+        """Seconds of each stage of the start, those before the engine included."""
         self.config = config
         self.ranks = ranks
         self.clock = clock
@@ -144,62 +142,50 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         wished_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         check_tables(config, wished_len, self.device)
-        setup = Setup(config, model, config.max_num_seqs, wished_len, self.device)
-        self.decoders: dict[str, Decoder] = {name: DECODERS[name].make(setup) for name in _decoder_names(config)}
-        self.evictors = load_evictors(config, model.layer_states())
-        own_models = [own for decoder in self.decoders.values() for own in decoder.models]
-        self.codec, own_codec = load_codecs(config, self.dtype, model.layer_states())
-        self.selector = load_selector(config, model.layer_states())
-        check_cache_parts(config, self.codec, self.selector, self.evictors)
-        check_ranks(ranks.size, config, model.layer_states(), self.selector)
-        if config.parity:
-            check_parity(config, model, self._form(), self.evictors, self.decoders)
-        codecs = [self.codec, *(own_codec for _ in own_models)]
-        # Decoders' own models keep and read everything.
-        forms = [self._form(), *(own_codec.form(self.device) for _ in own_models)]
-        unit = finest(list(self.evictors.values()))
-        streams = _streams([model, *own_models], codecs, forms, unit)
-        groups = [group for found in streams.values() for group in found]
-        state_groups = group_states(model.layer_states())
-        for name, part in self.decoders.items():
-            own_states = [state for own in part.models for state in own.layer_states()]
-            check_decoder(name, state_groups, drafts=part.e_max - 1 + part.n_soft, tree=part.tree, own=own_states)
+        with stages.stage("parts"):
+            parts = assemble(config, model, wished_len, ranks)
+        self.decoders, self.evictors = parts.decoders, parts.evictors
+        self.codec, self.selector = parts.codec, parts.selector
+        groups, state_groups = parts.groups, parts.state_groups
         fixed_bytes = state_bytes(state_groups, config.max_num_seqs, self.dtype)
         most_rows = config.max_num_batched_tokens or MAX_ROWS[self.device.type]
         most_rows = min(most_rows, config.max_num_seqs * wished_len)
         records = config.cuda_graphs and self.device.type == "cuda"
         arena_bytes, kept_bytes = 0, 0
         if records and not state_groups:
-            arena_bytes, kept_bytes = pieces_bytes(model, most_rows, forms[0].turns)
+            with stages.stage("recorded memory"):
+                arena_bytes, kept_bytes = pieces_bytes(model, most_rows, parts.target.form.turns)
         n_pages = choose_pages(config, groups, self.device, wished_len, fixed_bytes, ranks, kept_bytes)
         self.max_model_len = fit_length(config, model.max_model_len, n_pages)
         self.scheduler = SCHEDULERS[config.scheduler].make()
         self.processors: list[LogitProcessor] = [
             part.make(ProcessorSetup(self.vocab_size, self.device, spellings)) for part in PROCESSORS
         ]
+        self.intake = Intake(config, model, parts, self.processors, self.adapters, self.eos_ids, self.max_model_len)
         self.table = RequestTable(
-            config.max_num_seqs, self.max_model_len, [len(found) for found in streams.values()], self.device
+            config.max_num_seqs, self.max_model_len, [len(found) for found in parts.streams.values()], self.device
         )
-        self.cache = CacheManager(
-            groups,
-            n_pages=n_pages,
-            page_size=config.page_size,
-            max_reqs=config.max_num_seqs,
-            max_len=self.max_model_len,
-            device=self.device,
-            # A hit would need the states at its end, and none are kept.
-            prefix_caching=config.enable_prefix_caching and not state_groups,
-            namespace=f"{[stream.model.config for stream in streams]!r} {self.dtype} page {config.page_size} "
-            f"codec {config.codec}{' parity' * config.parity}",
-            ranks=ranks,
-        )
+        with stages.stage("cache"):
+            self.cache = CacheManager(
+                groups,
+                n_pages=n_pages,
+                page_size=config.page_size,
+                max_reqs=config.max_num_seqs,
+                max_len=self.max_model_len,
+                device=self.device,
+                # A hit would need the states at its end, and none are kept.
+                prefix_caching=config.enable_prefix_caching and not state_groups,
+                namespace=f"{[stream.model.config for stream in parts.streams]!r} {self.dtype} page {config.page_size} "
+                f"codec {config.codec}{' parity' * config.parity}",
+                ranks=ranks,
+            )
         if config.enable_prefix_caching and state_groups:
             log.info("the model has layers with fixed states: no prompt is found in the prefix cache")
         self.states = StateStore(state_groups, max_reqs=config.max_num_seqs, dtype=self.dtype, device=self.device)
         most_rows = min(most_rows, config.max_num_seqs * self.max_model_len)
         pool = Pool(self.device, arena_bytes) if records else None
         graphs = StepGraphs(self.device, most_rows, pool) if records else None
-        self.runner = Runner(list(streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
+        self.runner = Runner(list(parts.streams), self.cache, self.table, self.decoders, most_rows, self.states, graphs)
         if records:
             n_groups = len(self.runner.target.groups)
             self.runner.pieces = StepPieces(self.device, most_rows, n_groups, pool)
@@ -214,18 +200,23 @@ class Engine:
         self.upkeep = Upkeep(
             self.cache, self.table, self.evictors, self.codec, self.selector, self.runner.target.groups
         )
-        self.runner.warm_up()
+        with stages.stage("warm-up"):
+            self.runner.warm_up()
         self.step_times_s: dict[int, float] = {}
         self.budget = most_rows
         if config.max_num_batched_tokens is None:
-            self.budget, self.step_times_s = measure_knee(
-                lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows
-            )
+            with stages.stage("row budget"):
+                choose = widest_budget if self.device.type == "cuda" else measure_knee
+                self.budget, self.step_times_s = choose(
+                    lambda rows: ranks.agree(self.runner.time_step(rows)), most_rows
+                )
         self.stats = EngineStats()
         limit_bytes = swap_space_bytes(config, self.device.type) // ranks.size
         self.swap = SwapSpace(self.cache, self.table, self.states, limit_bytes=limit_bytes)
-        row_s = self.step_times_s[self.budget] / self.budget if self.step_times_s else None
-        self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
+        timed = min(self.budget, max(self.step_times_s, default=0))
+        row_s = self.step_times_s[timed] / timed if timed else None
+        with stages.stage("trial copy"):
+            self.preemption = Preemption(config, self.swap, self.upkeep, row_s, self.stats, ranks)
         self.on_token: TokenHook | None = None
         self._free_indices = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: dict[int, Request] = {}
@@ -235,31 +226,6 @@ class Engine:
         self._arrivals = 0
         self._next_deadline_s = math.inf  # no deadline of an unfinished request is earlier
         self._said_equal = False
-
-    def _form(self) -> Form:
-        """How the attention of the model that decodes reads its cache."""
-        if not self.selector.selects:
-            return self.codec.form(self.device)
-        return Selected(self.codec, self.selector)
-
-    @cached_property
-    def model_law(self) -> str:
-        """The model that tokens come from, as far as its configuration tells: weights are not compared."""
-        said = {name: value for name, value in vars(self.model.config).items() if name != "dtype"}
-        digest = hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()[:12]
-        layers = len(self.model.layer_states())
-        kind = said.get("model_type", "a model")
-        return f"{kind} with {layers} layers and {self.vocab_size} tokens, configuration {digest}"
-
-    @property
-    def cache_law(self) -> str:
-        """The options of the cache that tokens depend on."""
-        config = self.config
-        law = f"codec={config.codec!r}, selector={config.selector!r}"
-        if self.selector.selects:
-            law += f", selector_budget={config.selector_budget}"
-        # What is sealed or selected is whole pages.
-        return f"{law}, page_size={config.page_size}" if self.selector.selects or self.codec.seal_interval else law
 
     # Requests come and go
 
@@ -285,7 +251,7 @@ class Engine:
         """
         check_urgency(priority, deadline_s)
         check_request_id(request_id)
-        tokens = self.check(prompt_ids, params)
+        tokens = self.intake.check(prompt_ids, params)
         arrival_s = self.ranks.agree(self.clock()) if arrival_s is None else arrival_s
         if request_id in self._by_id:
             raise RequestError(f"request_id {show(request_id)} is in use: choose another one")
@@ -294,18 +260,16 @@ class Engine:
             high, low = stream_key(self.config.seed % MAX_SEED, number if number is not None else self._arrivals, (0,))
             seed = ((high % 2**32) << 32) | (low % 2**32)
         samples = [
-            Request(
+            self.intake.request(
+                tokens,
+                params,
+                seed,
+                sample,
                 request_id=request_id,
                 prompt=prompt,
-                prompt_len=len(tokens),
-                tokens=list(tokens),
-                params=params,
-                seed=seed,
-                sample=sample,
                 priority=priority,
                 deadline_at_s=None if deadline_s is None else arrival_s + deadline_s,
                 arrival_s=arrival_s,
-                **self._derived(params, len(tokens), seed, sample),
             )
             for sample in range(params.n)
         ]
@@ -322,13 +286,12 @@ class Engine:
         return samples
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        """The tokens of a prompt that could be served with these parameters. Raises RequestError for one that never
-        can; queues nothing."""
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling parameters are {show(params)}: give a SamplingParams(...)")
-        tokens = self._checked_prompt(prompt_ids, params)
-        self._derived(params, len(tokens), 0, 0)
-        return tokens
+        """The tokens of a prompt that could be served with these parameters: see `Intake.check`."""
+        return self.intake.check(prompt_ids, params)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make what a request with these parameters needs and what takes long: see `Intake.prepare`."""
+        self.intake.prepare(params)
 
     @command
     def resume(self, record: dict[str, Any]) -> Request:
@@ -336,62 +299,17 @@ class Engine:
 
         Raises RequestError for a record that is damaged, of another release, model or cache, or finished.
         """
-        params = check_record(record)
-        if record["model_law"] != self.model_law:
-            raise RequestError(
-                f"the record was taken with {show(record['model_law'])}, and this engine runs {self.model_law}: resume "
-                "it with the same model"
-            )
+        params = self.intake.check_record(record)
         if any(r.sample == record["sample"] for r in self._by_id.get(record["request_id"], ())):
             raise RequestError(
                 f"request_id {show(record['request_id'])} is in use by sample {record['sample']}: abort that one first"
             )
-        if record.get("adapter") is not None:
-            params = replace(params, adapter=self.adapters.name_of(record["adapter"], params.adapter))
-            record = {**record, "params": params.to_dict()}
-        evictor, budget, exact_len = record["eviction"]
-        if record["cache_law"] != self.cache_law:
-            raise RequestError(
-                f"the record's cache is kept with {record['cache_law']}, here with {self.cache_law}, so the tokens "
-                "would differ: use an engine with the same options"
-            )
-        derived = self._derived(
-            params,
-            record["prompt_len"],
-            record["seed"],
-            record["sample"],
-            evictor=evictor,
-            cache_budget=budget or None,
-            output_ids=record["tokens"][record["prompt_len"] :],
-        )
-        if derived["exact_len"] != exact_len:
-            raise RequestError(
-                f"the record's cache is first compacted at token {exact_len}, here at {derived['exact_len']}, so the "
-                "tokens would differ: use an engine with the same cache_interval; "
-                f"here it is {self.config.cache_interval}"
-            )
-        request = Request.from_record(record, **derived)
-        self._check_whole(request)
+        request = self.intake.resumed(record, params)
         request.arrival_s = self.ranks.agree(self.clock())
         left_s = record["deadline_left_s"]
         request.deadline_at_s = None if left_s is None else request.arrival_s + left_s
         self._enqueue(request)
         return request
-
-    def _check_whole(self, request: Request) -> None:
-        """Raise RequestError unless a request from a record could have got where it stands in this engine."""
-        # The prompt was cut, if at all, before the record was taken.
-        params = replace(request.params, truncate_prompt_tokens=None)
-        self._checked_prompt(request.tokens[: request.prompt_len], params)
-        if request.output_ids:
-            _check_ids(request.output_ids, self.vocab_size, "the record's output")
-        if not set(request.output_ids).isdisjoint(request.stop_ids):
-            raise RequestError("the record's output holds a stop token, so the request has ended: nothing to resume")
-        if request.n_tok > request.limit or (request.output_ids and request.n_tok == request.limit):
-            raise RequestError(
-                f"the record has {len(request.output_ids)} output tokens of {request.limit - request.prompt_len} that "
-                "its parameters and this engine allow: there is nothing to resume"
-            )
 
     def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> LoadedAdapter:
         """Load an adapter beside running requests: a directory, a hub id, or what `read_adapter` gave.
@@ -857,13 +775,20 @@ class Engine:
         self.cache.audit(running)
         self.states.audit({request.index: request.n_done for request in running})
         self.swap.audit(self._waiting)
+        # Once for all requests: each look at a table of the device waits for it.
+        i_B = torch.tensor([request.index for request in running], dtype=torch.int64, device=self.device)
+        kv_len_GB = self.table.kv_len_of(0)
+        n_tok, n_done, adapter, trigger, *kv_len = (
+            torch.stack([self.table.n_tok, self.table.n_done, self.table.adapter, self.table.trigger, *kv_len_GB])
+            .index_select(1, i_B)
+            .tolist()
+        )
+        history = self.table.hist.index_select(0, i_B).tolist()
         taken = {request.index for request in running}
         if len(taken) + len(self._free_indices) != self.config.max_num_seqs or taken & set(self._free_indices):
             raise InvariantError("request indices are lost or held twice")
-        for request in running:
-            i = request.index
-            clocks = int(self.table.n_tok[i]), int(self.table.n_done[i])
-            lengths = [int(kv_len_B[i]) for kv_len_B in self.table.kv_len_of(0)]
+        for i, request in enumerate(running):
+            clocks, lengths = (n_tok[i], n_done[i]), [column[i] for column in kv_len]
             expected = list(map(request.slots, range(len(lengths))))
             if clocks != (request.n_tok, request.n_done) or lengths != expected:
                 raise InvariantError(
@@ -872,13 +797,13 @@ class Engine:
                 )
             if not request.n_done <= request.n_tok <= request.limit or request.n_done > request.trigger:
                 raise InvariantError(f"request {request.request_id}: clocks out of order")
-            if int(self.table.adapter[i]) != request.adapter:
+            if adapter[i] != request.adapter:
                 raise InvariantError(f"request {request.request_id}: its adapter differs from the device's")
-            if int(self.table.trigger[i]) != request.trigger:
+            if trigger[i] != request.trigger:
                 raise InvariantError(f"request {request.request_id}: its trigger differs from the device's")
             if request.n_done == request.trigger and not self.upkeep.waits(request):
                 raise InvariantError(f"request {request.request_id} has passed a trigger without upkeep")
-            if self.table.hist[i, : request.n_tok].tolist() != request.tokens:
+            if history[i][: request.n_tok] != request.tokens:
                 raise InvariantError(f"request {request.request_id}: the history differs from the tokens")
 
     def check_idle(self) -> None:
@@ -903,234 +828,6 @@ class Engine:
         self.stats.prompt_tokens += request.prompt_len
         bisect.insort(self._waiting, request, key=_rank)
         self._by_id.setdefault(request.request_id, []).append(request)
-
-    def _derived(
-        self,
-        params: SamplingParams,
-        prompt_len: int,
-        seed: int,
-        sample: int,
-        *,
-        evictor: str | None = None,
-        cache_budget: int | None = None,
-        output_ids: Sequence[int] = (),
-    ) -> dict[str, Any]:
-        """Fields of a request that follow from the parameters and this engine.
-
-        `evictor`, `cache_budget` and `output_ids` are what a record settled; without them the parameters ask.
-        """
-        stops = dict.fromkeys(self.stop_ids(params))
-        if len(stops) > MAX_STOP_IDS:
-            raise RequestError(
-                f"stop_token_ids: {len(stops)} stop ids with the model's own; at most {MAX_STOP_IDS}: pass fewer"
-            )
-        self.prepare(params, output_ids)
-        room = self.max_model_len - prompt_len
-        names = list(self.decoders)
-        decoder = params.decoder or names[0]
-        if decoder not in self.decoders:
-            raise RequestError(
-                f"decoder={decoder!r} is not loaded; this engine has {', '.join(names)}: name it in its decoder option"
-            )
-        asked = (evictor, cache_budget) if evictor else (params.evictor, params.cache_budget)
-        name, budget = budget_of(self.evictors, *asked, self.config.cache_budget)
-        exact_len = self.evictors[name].next_trigger(prompt_len, 0, budget)
-        if self.selector.selects:  # later rows pass over parts of the cache
-            exact_len = min(exact_len, prompt_len)
-        adapter = self.adapters.of(params.adapter)
-        # Requests with another decoder may lack the cache of this decoder's own models; with another adapter, all.
-        salt = decoder.encode() if self.decoders[decoder].models else b""
-        if adapter is not None:
-            salt += b"\0" + adapter.digest.encode()
-        return {
-            "evictor": name,
-            "cache_law": self.cache_law,
-            "model_law": self.model_law,
-            "cache_budget": budget,
-            "exact_len": exact_len,
-            "decoder": decoder,
-            "adapter": adapter.slot if adapter else 0,
-            "adapter_digest": adapter.digest if adapter else None,
-            "salt": salt,
-            "stream": stream_key(seed, sample),
-            "stop_ids": tuple(stops),
-            "limit": prompt_len + min(room, room if params.max_tokens is None else params.max_tokens),
-        }
-
-    def stop_ids(self, params: SamplingParams) -> list[int]:
-        """Token ids that end a request with these parameters."""
-        return list(dict.fromkeys([*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_ids)]))
-
-    def prepare(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> None:
-        """Make what a request with these parameters needs and what takes long, as grammars do. `add` and `resume` do it
-        too; whoever must not wait there does it before, in any thread. Raises RequestError for what cannot be done."""
-        for processor in self.processors:
-            if processor.wants(params):
-                processor.prepare(params, self.stop_ids(params), output_ids)
-
-    def _checked_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        params.check_vocabulary(self.vocab_size)
-        tokens = as_ids(prompt_ids)
-        if params.truncate_prompt_tokens is not None:
-            tokens = tokens[-params.truncate_prompt_tokens :]
-        if not tokens:
-            raise RequestError("the prompt is empty; a model needs at least one token to continue from")
-        _check_ids(tokens, self.vocab_size, "the prompt")
-        longest = self.max_model_len - (params.max_tokens != 0)
-        if len(tokens) > longest:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; at most {longest} leave room for output in a length of "
-                f"{self.max_model_len}: shorten it, pass truncate_prompt_tokens={longest}, or raise max_model_len"
-            )
-        return tokens
-
-
-def as_ids(prompt_ids: Sequence[int]) -> list[int]:
-    """A list of their own as plain ints, of whole numbers of any library. Raises RequestError for others."""
-    try:
-        ids = None if isinstance(prompt_ids, (str, bytes, Mapping)) else list(prompt_ids)
-    except TypeError:  # nothing to go through, or an array without dimensions
-        ids = None
-    if ids is None:
-        raise RequestError(f"prompt_token_ids is {show(prompt_ids)}; it must be a list of token ids")
-    if set(map(type, ids)) <= {int}:
-        return ids
-    tokens: list[int] = []
-    for place, value in enumerate(ids):
-        token = whole_number(value)
-        if token is None:
-            raise RequestError(f"the prompt has {show(value)} at place {place}; token ids are whole numbers from 0")
-        tokens.append(token)
-    return tokens
-
-
-def _check_ids(tokens: Sequence[int], vocab_size: int, what: str) -> None:
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
-        wrong = next(t for t in tokens if not 0 <= t < vocab_size)
-        raise RequestError(
-            f"{what} has token id {show(wrong)}; the model's vocabulary has {vocab_size} tokens: use ids from 0 to "
-            f"{vocab_size - 1}"
-        )
-
-
-def _decoder_names(config: EngineConfig) -> list[str]:
-    """The decoders to load, the default of requests first; plain decoding is always among them."""
-    names = [name.strip() for name in config.decoder.split(",")]
-    return list(dict.fromkeys([*names, PLAIN]))
-
-
-def _streams(
-    models: Sequence[CausalLM], codecs: Sequence[Codec], forms: Sequence[Form], unit: Unit
-) -> dict[Stream, list[CacheGroup]]:
-    """Layers and cache groups of several models, numbered one after the other. `unit` is what may have a length of its
-    own in the first, which decodes."""
-    streams: dict[Stream, list[CacheGroup]] = {}
-    first_layer = first_group = 0
-    for model, codec, form in zip(models, codecs, forms, strict=True):
-        states = model.layer_states()
-        groups = group_layers(states, codec, first_layer, split=unit != "request" and not streams)
-        of_model = range(first_group, first_group + len(groups))
-        streams[Stream(model, first_layer, of_model, form)] = groups
-        first_layer, first_group = first_layer + len(states), first_group + len(groups)
-    return streams
-
-
-def check_cache_parts(config: EngineConfig, codec: Codec, selector: Selector, evictors: Mapping[str, Evictor]) -> None:
-    """Raise ConfigError for a codec or a selector that stands on whole pages beside an evictor that moves slots."""
-    moving = [name for name, evictor in evictors.items() if evictor.evicts]
-    if codec.seal_interval and moving:
-        raise ConfigError(
-            f"codec={config.codec!r} seals whole pages, and evictor={moving[0]!r} moves slots out of them: load one of "
-            "the two"
-        )
-    if selector.selects and moving:
-        raise ConfigError(
-            f"selector={config.selector!r} chooses among whole pages of tokens, and evictor={moving[0]!r} moves slots "
-            "between them: load one of the two"
-        )
-
-
-def check_ranks(size: int, config: EngineConfig, states: Sequence[LayerState], selector: Selector) -> None:
-    """Raise ConfigError for parts that ranks with different heads would decide differently, and for a number of ranks
-    that is not the one asked for."""
-    if size != config.tensor_parallel_size:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, and the engine is started on {size} ranks: start "
-            "it by LLM or AsyncLLM, which start the ranks"
-        )
-    if size == 1:
-        return
-    if selector.selects:
-        raise ConfigError(
-            f"selector={config.selector!r} chooses pages by the keys of all heads of a layer, and with "
-            f"tensor_parallel_size={size} no rank has all of them: leave one of the two out"
-        )
-    if any(state.kind == "fixed" for state in states):
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, and the model has layers with fixed states, which are not divided: use "
-            "tensor_parallel_size=1"
-        )
-
-
-def check_parity(
-    config: EngineConfig,
-    model: CausalLM,
-    form: Form,
-    evictors: Mapping[str, Evictor],
-    decoders: Mapping[str, Decoder],
-) -> None:
-    """Raise ConfigError for parts whose results may follow from the other rows of a step."""
-    place = next(model.parameters())
-    types = PARITY_TYPES[place.device.type]
-    if not model.parity:
-        raise ConfigError(
-            "parity=True, and the model was built without: load it with load_model(..., parity=True), as LLM does"
-        )
-    if place.dtype not in types:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
-        raise ConfigError(
-            f"parity=True, and the model is in {str(place.dtype).removeprefix('torch.')}: on {place.device.type} the "
-            f"order of sums is fixed for {known}; choose another dtype, or leave parity out"
-        )
-    if any(state.kind == "fixed" for state in model.layer_states()):
-        raise ConfigError(
-            "parity=True, and the model has layers with fixed states, whose order of sums is not fixed: leave parity "
-            "out, or use another model"
-        )
-    if not form.parity:
-        raise ConfigError(
-            f"parity=True, and with codec={config.codec!r}, selector={config.selector!r} attention reads another table "
-            "in every step, so its order of sums is not fixed: leave out codec and selector, or parity"
-        )
-    for name in (name for name, evictor in evictors.items() if evictor.evicts):
-        raise ConfigError(
-            f"parity=True, and evictor={name!r} chooses slots by sums whose order is not fixed: leave one of the "
-            "two out"
-        )
-    for name in (name for name, decoder in decoders.items() if decoder.tree or not decoder.causal):
-        raise ConfigError(
-            f"parity=True, and decoder={name!r} evaluates rows that see other slots than all up to their own, "
-            "for which the order of sums is not fixed: leave one of the two out"
-        )
-
-
-def check_urgency(priority: int, deadline_s: float | None) -> None:
-    """Raise RequestError unless priority is a whole number and the deadline a positive number of seconds."""
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise RequestError(f"priority is {show(priority)}; it must be a whole number, and the lower one goes first")
-    if deadline_s is None:
-        return
-    number = isinstance(deadline_s, (int, float)) and not isinstance(deadline_s, bool)
-    if not number or not 0.0 < deadline_s <= sys.float_info.max:
-        raise RequestError(
-            f"deadline_s is {show(deadline_s)}; it must be a positive number of seconds, or None for no deadline"
-        )
-
-
-def check_request_id(request_id: str) -> None:
-    """Raise RequestError unless it is a text."""
-    if not isinstance(request_id, str):
-        raise RequestError(f"request_id is {show(request_id)}; it must be a text")
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -26,15 +26,34 @@ KNEE_SHARE = 0.95
 SLOWEST_STEP_S = 0.25
 """Larger steps are not even measured: streams would stutter."""
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
+FIRST_ROWS = 16
+"""The narrowest step that is measured for the knee."""
+FULL_ROWS = 1024
+"""Rows of a step that keep a GPU busy: more rows take longer in proportion."""
 
 
-def measure_knee(time_step: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
+def widest_budget(time_step: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
+    """The widest row budget whose step is not too slow, and the measured seconds of the one step that is timed.
+
+    For a GPU, which is busy with FULL_ROWS. More rows bring no more rows per second, but where requests decode beside
+    prompts every step reads their caches and the weights: the fewer steps prompts take, the less often.
+    """
+    rows = min(FULL_ROWS, most)
+    seconds = time_step(rows)
+    budget = rows
+    while budget < most and 2 * budget * seconds / rows <= SLOWEST_STEP_S:
+        budget = min(2 * budget, most)
+    log.info("row budget %d: %d rows take %.1f ms", budget, rows, 1e3 * seconds)
+    return budget, {rows: seconds}
+
+
+def measure_knee(time_step: Callable[[int], float], most: int, first: int = FIRST_ROWS) -> tuple[int, dict[int, float]]:
     """The row budget at the knee of rows per second, and the measured seconds by number of rows.
 
-    `time_step(rows)` gives the seconds of one step. Doubles the rows until a step gets too slow.
+    `time_step(rows)` gives the seconds of one step. Doubles the rows, from `first` on, until a step gets too slow.
     """
     measured: dict[int, float] = {}
-    rows = min(16, most)
+    rows = min(first, most)
     while True:
         measured[rows] = time_step(rows)
         if rows >= most or 2 * measured[rows] > SLOWEST_STEP_S:

@@ -16,11 +16,11 @@ from numba.extending import intrinsic, overload
 
 from headrace.kernels.cpu_runtime import njit_serial, use_torch_threads
 
-TYPES: dict[torch.dtype, np.ndarray] = {
+LIKE: dict[torch.dtype, np.ndarray] = {
     torch.float32: np.zeros(1, np.float32),
     torch.bfloat16: np.zeros(1, np.uint16),
 }
-"""`like` of each element type that the kernels know."""
+"""`like` of each type of `cpu_types.TYPES`."""
 
 
 def shares_of(work: int, serial_below: int, rows: int) -> int:

@@ -167,6 +167,14 @@ class Rotary(nn.Module):
         self.size = rope.size(head_dim)
         table_dtype = place.widened().dtype
         f_D, length = inverse_frequencies(rope, self.size, max_model_len, table_dtype)
+        if (
+            place.device.type == "meta"
+        ):  # for an outline, where arithmetic makes torch import a second's worth of modules
+            shape = (max_model_len, len(f_D))
+            self.cos_PD, self.sin_PD = (
+                nn.Buffer(torch.empty(shape, dtype=table_dtype, device=place.device), persistent=False) for _ in "cs"
+            )
+            return
         pos_P = torch.arange(max_model_len, dtype=table_dtype, device=place.device)
         angle_PD = pos_P[:, None] * f_D.to(place.device)  # D/2 wide: both halves of a head turn alike
         self.cos_PD = nn.Buffer(angle_PD.cos() * length, persistent=False)

@@ -1,7 +1,7 @@
 """Checkpoints: finding them, checking them as a whole, and streaming them into a model.
 
 Names, shapes and types of all tensors are compared with the model's before any memory is taken, and every
-difference is reported at once. Then each tensor is copied into its place, one at a time.
+difference is reported at once. Then each tensor is copied into its place.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,6 +24,8 @@ from headrace.memory import check_memory
 from headrace.models.base import CausalLM
 from headrace.models.config import DTYPES, ModelConfig
 from headrace.models.registry import build_model, read_config
+from headrace.models.streaming import Entry, stream_tensors
+from headrace.progress import Stages
 from headrace.quantization import Quantization
 from headrace.ranks import ONE, Ranks
 
@@ -48,16 +47,6 @@ NORM = re.compile(r"(.*norm|(.*\.)?ln_\w+)\.weight")
 REMEDY = "fetch the checkpoint again, or correct config.json"
 
 
-class Entry(NamedTuple):
-    """One tensor of a checkpoint, as its file's header describes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    name: str
-    """Its name in the file."""
-
-
 def load_model(
     path_or_id: str | os.PathLike[str],
     *,
@@ -71,6 +60,7 @@ def load_model(
     quantization: Quantization | None = None,
     ranks: Ranks = ONE,
     parity: bool = False,
+    stages: Stages | None = None,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -89,6 +79,7 @@ def load_model(
         ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
             same model on any number of ranks.
         parity: each row's bits are a function of that row and of what it sees; see `EngineConfig.parity`.
+        stages: is told how long what takes; None: nobody asks.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -109,42 +100,59 @@ def load_model(
                 "checkpoint with float32, bfloat16 or float16 weights"
             )
         config = dataclasses.replace(config, quantization=quantization)
-    entries: dict[str, Entry] = {}
-    if load_format == "auto":
-        meta = Placement(torch.device("meta"), torch.float32, quantization=config.quantization, ranks=ranks)
-        outline = build_model(config, max_model_len=max_model_len, place=meta)
-        entries = _with_prefix(read_headers(directory), outline.prefix)
-        entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
-        _check(directory, config, outline.tensors(), entries)
-    elif config.quantization is not None:
-        raise ConfigError(
-            f"load_format is 'random', but {config.quantization.where} asks for weights in the form "
-            f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
-        )
-    place = Placement(device, wanted or _auto_dtype(config, device, entries), adapters, config.quantization, ranks)
-    place = place._replace(parity=parity)
-    _check_memory(config, max_model_len, place)
-    model = build_model(config, max_model_len=max_model_len, place=place)
-    model.adapters = adapters
-    if load_format == "auto":
-        _stream(model.tensors(), entries)
-    else:
-        fill_random(model, seed)
-    with torch.no_grad():
-        model.finish_loading()
+    stages = stages or Stages()
+    with stages.stage("outline"):
+        # Without the bank: its rooms are those of the model itself.
+        place = Placement(device, wanted or _known_dtype(config, device), None, config.quantization, ranks, parity)
+        outline = _outline(config, max_model_len, place)
+        entries: dict[str, Entry] = {}
+        if load_format == "auto":
+            entries = _with_prefix(read_headers(directory), outline.prefix)
+            entries = {name: entry for name, entry in entries.items() if not outline.ignores(name)}
+            _check(directory, config, outline.tensors(), entries)
+            if wanted is None and config.dtype is None and device.type != "cpu":
+                place = place._replace(dtype=_stored_dtype(entries))
+                outline = _outline(config, max_model_len, place)
+        elif config.quantization is not None:
+            raise ConfigError(
+                f"load_format is 'random', but {config.quantization.where} asks for weights in the form "
+                f"{config.quantization.method!r}, and random ones are dense: remove that entry, or load the checkpoint"
+            )
+        needed = _check_memory(outline, place)
+    with stages.stage("weights", needed) as advance:
+        model = build_model(config, max_model_len=max_model_len, place=place._replace(adapters=adapters))
+        model.adapters = adapters
+        if load_format == "auto":
+            overflow = stream_tensors(model.tensors(), entries, _narrower, advance)
+            if overflow:
+                kind = str(place.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"values of {_list(overflow)} do not fit into {kind}: use dtype='bfloat16' or 'float32'"
+                )
+        else:
+            fill_random(model, seed, advance)
+        with torch.no_grad():
+            model.finish_loading()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # what was held on the way would be missing from the cache
     return model.eval()
 
 
-def _check_memory(config: ModelConfig, max_model_len: int | None, place: Placement) -> None:
-    """Raise CapacityError before anything is taken that does not fit."""
-    # Without the bank: its rooms are those of the model itself.
-    meta = place._replace(device=torch.device("meta"), adapters=None)
-    outline = build_model(config, max_model_len=max_model_len, place=meta)
+def _outline(config: ModelConfig, max_model_len: int | None, place: Placement) -> CausalLM:
+    """The model without memory."""
+    outline = build_model(config, max_model_len=max_model_len, place=place._replace(device=torch.device("meta")))
     outline.tensors()  # linear maps learn their names, and with them what they are stored in
+    return outline
+
+
+def _check_memory(outline: CausalLM, place: Placement) -> int:
+    """The bytes that the model takes. Raises CapacityError before anything is taken that does not fit."""
     needed = sum(tensor.numel() * tensor.itemsize for tensor in (*outline.parameters(), *outline.buffers()))
     dtype = str(place.dtype).removeprefix("torch.")
     way_out = "use a smaller model, a narrower dtype, a smaller max_model_len, or a device with more memory"
     check_memory(f"the model in {dtype} takes", needed, place.device, way_out)
+    return needed
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -157,11 +165,15 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
-def _auto_dtype(config: ModelConfig, device: torch.device, entries: Mapping[str, Entry]) -> torch.dtype:
+def _known_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type for "auto", as far as it is known without the checkpoint's headers."""
     if device.type == "cpu":
         return torch.float32
-    if config.dtype is not None:
-        return config.dtype
+    return config.dtype or torch.bfloat16
+
+
+def _stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """The type for "auto" on a GPU where the configuration names none."""
     stored = {FLOATS[entry.dtype] for entry in entries.values() if entry.dtype in FLOATS}
     return stored.pop() if len(stored) == 1 else torch.bfloat16
 
@@ -189,6 +201,10 @@ def resolve_model(path_or_id: str | os.PathLike[str], revision: str | None = Non
         raise CheckpointError(f"{name} is a file: give the directory that holds config.json and the weights")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name} is no directory here, and cannot be a hub id (owner/name): check the path")
+    # The client of the hub takes a tenth of a second to load, and a directory needs none.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     endpoint = os.environ.get("HF_ENDPOINT") or None
     patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
@@ -214,6 +230,8 @@ def resolve_model(path_or_id: str | os.PathLike[str], revision: str | None = Non
 
 
 def _hub_refusal(name: str, revision: str | None, endpoint: str | None, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
     hub = endpoint or "the hub"
     if isinstance(error, GatedRepoError):
         return f"{name} is gated on {hub}: accept its terms there and set HF_TOKEN, or give a local directory"
@@ -402,31 +420,6 @@ def _list(items: list[str]) -> str:
     return ", ".join(items[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _stream(places: Mapping[str, list[Tensor]], entries: Mapping[str, Entry]) -> None:
-    """Copy tensor by tensor, file by file: at most one tensor is held twice."""
-    by_file: dict[Path, list[str]] = {}
-    for name in places:
-        by_file.setdefault(entries[name].file, []).append(name)
-    overflow: list[str] = []
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                views, stored_as = places[name], entries[name].name
-                if isinstance(views, Pieces):
-                    stored = file.get_slice(stored_as)
-                    pairs = [(view, stored[where]) for view, where in zip(views, views.where, strict=True)]
-                else:
-                    source = file.get_tensor(stored_as)
-                    pairs = [(view, source.reshape(view.shape)) for view in views]
-                for view, source in pairs:
-                    view.copy_(source)
-                if any(_narrower(view.dtype, source.dtype) and not view.isfinite().all() for view, source in pairs):
-                    overflow.append(name)
-    if overflow:
-        kind = str(next(iter(places.values()))[0].dtype).removeprefix("torch.")
-        raise CheckpointError(f"values of {_list(overflow)} do not fit into {kind}: use dtype='bfloat16' or 'float32'")
-
-
 def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
     """Whether the target's range is smaller, not counting bfloat16's last half per cent."""
     if target in STORED:
@@ -434,8 +427,8 @@ def _narrower(target: torch.dtype, source: torch.dtype) -> bool:
     return torch.finfo(target).max < 0.99 * torch.finfo(source).max
 
 
-def fill_random(model: CausalLM, seed: int) -> None:
-    """Fill a model from a seed: normal with standard deviation 0.02, norms 1.
+def fill_random(model: CausalLM, seed: int, advance: Callable[[int], None]) -> None:
+    """Fill a model from a seed: normal with standard deviation 0.02, norms 1. `advance` is told the bytes that are.
 
     A tensor's values depend on seed, device type and its place in the model's list of tensors, not on the model's
     type: they are drawn in float32 and rounded.
@@ -453,3 +446,4 @@ def fill_random(model: CausalLM, seed: int) -> None:
         where = views.where if isinstance(views, Pieces) else [()] * len(views)
         for view, slices in zip(views, where, strict=True):
             view.copy_(values[slices])
+        advance(sum(view.numel() * view.itemsize for view in views))

@@ -93,20 +93,16 @@ class Block(nn.Module):
     def tensors(self, name: str) -> dict[str, list[Tensor]]:
         """Where the checkpoint tensors below `name` go."""
         names = self.names
-        found = self.attention.tensors(_join(name, names.attention)) | self.mlp.tensors(_join(name, names.mlp))
+        found = self.attention.tensors(f"{name}.{names.attention}") | self.mlp.tensors(f"{name}.{names.mlp}")
         for part in ("attention_norm", "attention_after", "mlp_norm", "mlp_after"):
             norm: Norm | None = getattr(self, part)
             if norm is not None:
-                found |= norm.tensors(_join(name, getattr(names, part)))
+                found |= norm.tensors(f"{name}.{getattr(names, part)}")
         return found
 
 
 def _before(norm: Norm | None, x_RE: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
     return (x_RE, None) if norm is None else norm.before(x_RE)
-
-
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if part else name
 
 
 def attention(config: ModelConfig, layer: int, place: Placement, **options: Any) -> Attention:

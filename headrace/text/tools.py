@@ -60,6 +60,10 @@ class ToolFormat(ABC):
 TOOL_FORMATS: Registry[ToolFormat] = Registry("tool format", "tool_format")
 
 
+NAME = '{"name": '
+"""How a call begins in every format there is."""
+
+
 @TOOL_FORMATS.register(
     "hermes",
     label="exact",
@@ -76,8 +80,7 @@ class Hermes(ToolFormat):
         opening, closing = special("<tool_call>"), special("</tool_call>")
         tags = []
         for function in functions:
-            begin, end = f'\n{{"name": {json.dumps(function.name)}, "arguments": ', "}\n"
-            body = _arguments(function)
+            begin, body, end = "\n" + _beginning(function, "arguments"), _arguments(function), "}\n"
             if opening is None:
                 tags.append(_tag("<tool_call>" + begin, body, end + "</tool_call>"))
             else:
@@ -86,8 +89,8 @@ class Hermes(ToolFormat):
         if must:
             return _row(tags, "\n", one)
         if opening is None:
-            return {"type": "triggered_tags", "triggers": ["<tool_call>"], "tags": tags}
-        return _sequence({"type": "any_text"}, {"type": "optional", "content": _row(tags, "\n", one)})
+            return _triggered("<tool_call>", tags, one=False)
+        return _behind_text(_row(tags, "\n", one))
 
     def read(self, text: str) -> list[ToolCall]:
         """Behind every opening mark stands a call."""
@@ -116,18 +119,12 @@ class Llama3Json(ToolFormat):
 
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
         """A name in front tells a call from text."""
-        opening = '{"name": '
-        tags = [
-            _tag(f'{opening}{json.dumps(function.name)}, "parameters": ', _arguments(function), "}")
-            for function in functions
-        ]
-        if must:
-            return _row(tags, "", one=True)
-        return {"type": "triggered_tags", "triggers": [opening], "tags": tags, "stop_after_first": True}
+        tags = [_tag(_beginning(function, "parameters"), _arguments(function), "}") for function in functions]
+        return _row(tags, "", one=True) if must else _triggered(NAME, tags, one=True)
 
     def read(self, text: str) -> list[ToolCall]:
         """The call may stand behind text, and nothing behind it."""
-        at = text.find('{"name": ')
+        at = text.find(NAME)
         if at < 0:
             return []
         value, end = _value(text, at)
@@ -150,18 +147,14 @@ class Mistral(ToolFormat):
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
         """The mark is a special token of its tokenizers."""
         mark = special("[TOOL_CALLS]")
-        calls = [
-            _tag(f'{{"name": {json.dumps(function.name)}, "arguments": ', _arguments(function), "}")
-            for function in functions
-        ]
-        space = {"type": "optional", "content": _text(" ")}
-        body = _sequence(space, _text("["), _row(calls, ", ", one))
+        calls = [_tag(_beginning(function, "arguments"), _arguments(function), "}") for function in functions]
+        body = _sequence(_optional(_text(" ")), _text("["), _row(calls, ", ", one))
         tag = _tag("[TOOL_CALLS]" if mark is None else _token(mark), body, "]")
         if must:
             return tag
         if mark is None:
-            return {"type": "triggered_tags", "triggers": ["[TOOL_CALLS]"], "tags": [tag], "stop_after_first": True}
-        return _sequence({"type": "any_text"}, {"type": "optional", "content": tag})
+            return _triggered("[TOOL_CALLS]", [tag], one=True)
+        return _behind_text(tag)
 
     def read(self, text: str) -> list[ToolCall]:
         """The list is the end of the text."""
@@ -248,6 +241,11 @@ def _call(value: Any, key: str) -> ToolCall:
     return ToolCall(value["name"], value[key])
 
 
+def _beginning(function: Function, key: str) -> str:
+    """A call up to its arguments, which stand under `key`."""
+    return f'{NAME}{json.dumps(function.name)}, "{key}": '
+
+
 def _arguments(function: Function) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": function.parameters, "max_whitespace_cnt": 16}
 
@@ -266,6 +264,20 @@ def _sequence(*elements: dict[str, Any]) -> dict[str, Any]:
 
 def _tag(begin: str | dict[str, Any], content: dict[str, Any], end: str | dict[str, Any]) -> dict[str, Any]:
     return {"type": "tag", "begin": begin, "content": content, "end": end}
+
+
+def _optional(content: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "optional", "content": content}
+
+
+def _behind_text(content: dict[str, Any]) -> dict[str, Any]:
+    """Any text, and perhaps calls at its end."""
+    return _sequence({"type": "any_text"}, _optional(content))
+
+
+def _triggered(trigger: str, tags: list[dict[str, Any]], *, one: bool) -> dict[str, Any]:
+    """Any text; where the trigger appears in it, a call has begun."""
+    return {"type": "triggered_tags", "triggers": [trigger], "tags": tags, "stop_after_first": one}
 
 
 def _row(tags: list[dict[str, Any]], separator: str, one: bool) -> dict[str, Any]:

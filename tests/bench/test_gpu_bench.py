@@ -485,9 +485,9 @@ def test_steps_on_a_gpu_are_traced(tiny: None, tmp_path: Path) -> None:
     assert found.costs.steps == 16
     assert len(found.costs.gaps_us) == 15
     assert found.plain_ms > 0
-    # Every step is the same recorded one.
-    counts = {name: cost.count for name, cost in found.costs.kernels.items()}
+    # Every step is the same recorded one, but for what a new page takes, which a request needs once in 16 steps.
+    counts = [cost.count for cost in found.costs.kernels.values() if cost.count >= 16]
     assert counts
-    assert all(count % 16 == 0 for count in counts.values())
+    assert all(count % 16 == 0 for count in counts)
     assert (tmp_path / "kept.json").exists()
     llm.engine.check_idle()

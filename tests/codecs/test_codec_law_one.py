@@ -18,7 +18,8 @@ import tenants
 from coders import alone_of, coded_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, cut, examples
+from tiny import VOCAB, cut
+from tiny import most_examples as examples
 
 from headrace.engine.engine import Engine
 from headrace.params import SamplingParams

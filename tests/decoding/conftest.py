@@ -7,18 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import cores
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import CONFIG, tiny_model
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = cores.one_thread
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.front import TextFront
 from headrace.params import SamplingParams
+from headrace.progress import Stages
 from headrace.ranks import ONE
 from headrace.request import Request
 from headrace.start import Settings, load_tokenizer, start
@@ -40,7 +41,8 @@ def alone(directory: Path, **options: Any) -> TextFront:
     """An engine on one rank."""
     config = EngineConfig(model=str(directory), **(TINY | options))
     settings = Settings(config, directory, "cpu")
-    return start(settings, load_tokenizer(settings), ONE)
+    stages = Stages()
+    return start(settings, load_tokenizer(settings, stages), ONE, stages)
 
 
 @contextlib.contextmanager
@@ -51,7 +53,8 @@ def both(
     config = EngineConfig(model=str(directory), tensor_parallel_size=2, **(TINY | options))
     settings = Settings(config, directory, "cpu")
     lead.begin(change(settings))
-    front = start(settings, load_tokenizer(settings), lead)
+    stages = Stages()
+    front = start(settings, load_tokenizer(settings, stages), lead, stages)
     try:
         yield front
     finally:  # a failed test must not leave the other rank waiting

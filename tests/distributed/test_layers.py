@@ -132,11 +132,11 @@ def test_what_layers_cannot_divide_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_rank_reads_no_more_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headrace.models import checkpoint
+    from headrace.models import streaming
 
     make("llama", tmp_path)
     read = 0
-    honest = checkpoint.safe_open
+    honest = streaming.safe_open
 
     class Counting:
         def __init__(self, file: Any, **options: Any) -> None:
@@ -168,7 +168,7 @@ def test_one_rank_reads_no_more_than_its_share(tmp_path: Path, monkeypatch: pyte
         read += x.numel()
         return x
 
-    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    monkeypatch.setattr(streaming, "safe_open", Counting)
     counts = []
     for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2)):
         read = 0

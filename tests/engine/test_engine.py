@@ -10,6 +10,7 @@ import torch
 from tiny import EOS, VOCAB, make_engine, run_all, tiny_model
 
 from headrace.engine.engine import Engine
+from headrace.engine.sizing import measure_knee, widest_budget
 from headrace.errors import CapacityError, ConfigError, InvariantError, NumericalError, RequestError
 from headrace.params import SamplingParams
 from headrace.request import Finish, Request, State
@@ -259,6 +260,32 @@ def test_the_budget_is_chosen_from_measured_step_times() -> None:
     assert engine.budget in engine.step_times_s
     best = max(rows / seconds for rows, seconds in engine.step_times_s.items())
     assert engine.budget / engine.step_times_s[engine.budget] >= 0.9 * best
+
+
+def test_steps_are_timed_until_one_is_slow_and_the_fewest_rows_of_about_the_best_rate_are_taken() -> None:
+    def seconds(rows: int) -> float:
+        return 0.01 + rows / 20_000
+
+    knee, measured = measure_knee(seconds, 10_000, first=256)
+    assert list(measured) == [256, 512, 1024, 2048, 4096]  # twice as many would take more than a quarter of a second
+    assert knee == 2048  # 96 % of the best rate
+    assert measure_knee(lambda rows: 0.01, 100, first=256) == (100, {100: 0.01})
+    assert measure_knee(lambda rows: rows / 1000, 5000)[0] == 16
+
+
+def test_the_widest_budget_is_that_of_a_quarter_of_a_second() -> None:
+    timed: list[int] = []
+
+    def seconds(rows: int) -> float:
+        timed.append(rows)
+        return rows / 40_000
+
+    assert widest_budget(seconds, 8192) == (8192, {1024: 1024 / 40_000})
+    assert widest_budget(lambda rows: rows / 20_000, 8192)[0] == 4096
+    assert widest_budget(lambda rows: rows / 1000, 8192)[0] == 1024
+    assert widest_budget(seconds, 300)[0] == 300
+    assert widest_budget(seconds, 3000)[0] == 3000
+    assert timed == [1024, 300, 1024]
 
 
 def test_audits_notice_what_is_out_of_balance() -> None:

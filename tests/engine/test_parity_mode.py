@@ -17,7 +17,8 @@ from tiny import CONFIG, DEVICE, EOS, VOCAB, cut, pad, run_all
 
 from headrace import LLM
 from headrace.config import EngineConfig
-from headrace.engine.engine import Engine, check_parity
+from headrace.engine.assembly import check_parity
+from headrace.engine.engine import Engine
 from headrace.errors import ConfigError
 from headrace.layers.adapters import AdapterBank
 from headrace.llm import BUNDLED_MODEL

@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from masked import random_model, window_model
 from safetensors.torch import save_file
-from tiny import CONFIG, DEVICE, VOCAB, examples, make_engine, run_all, tiny_model
+from tiny import CONFIG, DEVICE, VOCAB, make_engine, run_all, tiny_model
+from tiny import most_examples as examples
 from torch import Tensor
 from toy import toy
 

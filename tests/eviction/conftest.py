@@ -1,16 +1,7 @@
-"""Tiny models gain nothing from threads, and lose much when the cores are busy with other tests."""
+"""One thread for all tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import cores
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = cores.one_thread

@@ -20,46 +20,40 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_law_one_on_the_gpu(events: Counter[str]) -> None:
     """Random requests under famine: tokens equal those of the same request alone on the CPU."""
     events.update({"chunk": 0, "famine": 0, "hit": 0, "abort": 0, "swap": 0})
-    model = tiny_model("float64", 0).cuda()
-    try:
-        for seed in range(3):
-            rng = random.Random(seed)
-            config = EngineConfig(
-                num_pages=30,
-                page_size=rng.choice([4, 16]),
-                max_model_len=80,
-                max_num_seqs=8,
-                max_num_batched_tokens=rng.choice([5, 64]),
-                preemption=["recompute", "swap"][seed % 2],
-                check_invariants=True,
+    model = tiny_model(device="cuda")
+    for seed in range(3):
+        rng = random.Random(seed)
+        config = EngineConfig(
+            num_pages=30,
+            page_size=rng.choice([4, 16]),
+            max_model_len=80,
+            max_num_seqs=8,
+            max_num_batched_tokens=rng.choice([5, 64]),
+            preemption=["recompute", "swap"][seed % 2],
+            check_invariants=True,
+        )
+        engine = Engine(config, model, eos_ids=[3])
+        requests = []
+        for i in range(12):
+            prompt = [(7 * j + 5) % VOCAB for j in range(rng.choice([3, 20, 36]))] + [rng.randrange(VOCAB)]
+            params = SamplingParams(
+                temperature=rng.choice([0.0, 0.8]),
+                seed=i,
+                top_p=rng.choice([1.0, 0.9]),
+                max_tokens=rng.randint(1, 40),
+                repetition_penalty=rng.choice([1.0, 1.2]),
             )
-            engine = Engine(config, model, eos_ids=[3])
-            requests = []
-            for i in range(12):
-                prompt = [(7 * j + 5) % VOCAB for j in range(rng.choice([3, 20, 36]))] + [rng.randrange(VOCAB)]
-                params = SamplingParams(
-                    temperature=rng.choice([0.0, 0.8]),
-                    seed=i,
-                    top_p=rng.choice([1.0, 0.9]),
-                    max_tokens=rng.randint(1, 40),
-                    repetition_penalty=rng.choice([1.0, 1.2]),
-                )
-                requests += engine.add(prompt, params, request_id=str(i))
-            engine.step()
-            engine.abort("11")
-            events["abort"] += 1
-            run_all(engine)
-            engine.check_idle()
-            events["chunk"] += engine.stats.chunks
-            events["famine"] += engine.stats.preemptions
-            events["swap"] += engine.stats.swaps
-            events["hit"] += engine.cache.hit_tokens > 0
-            model_tokens = [tuple(r.output_ids) for r in requests[:-1]]
-            model.cpu()
-            assert model_tokens == [alone_of(r)[0] for r in requests[:-1]]
-            model.cuda()
-    finally:
-        model.cpu()
+            requests += engine.add(prompt, params, request_id=str(i))
+        engine.step()
+        engine.abort("11")
+        events["abort"] += 1
+        run_all(engine)
+        engine.check_idle()
+        events["chunk"] += engine.stats.chunks
+        events["famine"] += engine.stats.preemptions
+        events["swap"] += engine.stats.swaps
+        events["hit"] += engine.cache.hit_tokens > 0
+        assert [tuple(r.output_ids) for r in requests[:-1]] == [alone_of(r)[0] for r in requests[:-1]]
 
 
 def test_draws_agree_with_the_cpu() -> None:

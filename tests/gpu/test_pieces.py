@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.graphs import BUCKETS
 from headrace.engine.sizing import forward_bytes
+from headrace.kernels.attention import gpu, squares
 from headrace.request import Finish
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
@@ -154,3 +156,33 @@ def test_the_host_launches_a_wide_step_in_less_time() -> None:
         found[recorded] = sorted(times)[len(times) // 2] * 1e3
     print(f"host: {found[True]:.2f} ms a step in pieces, {found[False]:.2f} ms without")
     assert found[True] < found[False]
+
+
+def test_long_prompts_are_read_between_pieces_as_they_are_without(
+    monkeypatch: pytest.MonkeyPatch, events: Counter[str]
+) -> None:
+    """Squares and pages, in prompts that are cut into several steps and beside requests that decode."""
+    monkeypatch.setattr(squares, "GRAIN", 4)
+    monkeypatch.setattr(squares, "LEAST", 4)
+    original = gpu.attend_square
+
+    def counted(*arguments: Any) -> Any:
+        events["squares"] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(gpu, "attend_square", counted)
+    runs = []
+    for recorded in (True, False):
+        options = {"max_num_batched_tokens": 128, "kv_cache_gib": 0.5, "async_scheduling": False}
+        llm = LLM(device="cuda", dtype="bfloat16", enable_prefix_caching=False, **options)
+        pieces = llm.engine.runner.pieces
+        assert pieces is not None
+        llm.engine.runner.graphs = None
+        pieces.recent.meetings = 1
+        if not recorded:
+            pieces.pool = None
+        outputs = llm.generate(prompts(12, 3), SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+        runs.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs])
+        events["replays"] += pieces.replays
+    assert events["squares"]
+    assert runs[0] == runs[1]

@@ -274,7 +274,7 @@ def attend_once(
     options: Any = {"window": 100, "softcap": 30.0, "sinks_H": empty(heads, kind=dtype), "need_lse": True}
     q_RHD = empty(n_rows, heads, size, kind=dtype)
     tables = empty(n_reqs + 1, 2048), empty(n_reqs + 1)
-    for seen in (rows, rows._replace(bits_R=None, words_W=None, joined=True)):
+    for seen in (rows, rows._replace(bits_R=None, words_W=None, joined=True, few=n_rows < 16 * n_reqs)):
         plan = gpu.GpuPlan(seen, *tables, 16, parity=parity)
         gpu.attend(q_RHD, seen, *pools, *tables, scale=0.1, plan=plan, **(options if full else {}))
     k_RKD = q_RHD[:, :kv_heads]

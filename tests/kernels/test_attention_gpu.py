@@ -18,6 +18,7 @@ from test_attention import PROFILE, Case, cases, compare, count_events, make_cas
 from torch import Tensor
 
 from headrace.kernels.attention import (
+    FEW_ROWS,
     AttentionRows,
     attend,
     benchmark_gpu,
@@ -188,6 +189,12 @@ def test_gpu_in_splits_is_the_reference(name: str, dtype: torch.dtype, device: t
     check(case, device)
 
 
+def joined(case: Case) -> Case:
+    """The case as the host knows it if all rows see one run of slots."""
+    few = all(count < FEW_ROWS for _, count, _ in case.lens)
+    return replace(case, rows=case.rows._replace(joined=True, few=few))
+
+
 @pytest.mark.parametrize("splits", [False, True], ids=["one program", "splits"])
 @pytest.mark.parametrize(("i", "name"), list(enumerate(FEW)), ids=str)
 def test_few_rows_are_the_reference(
@@ -210,7 +217,7 @@ def test_few_rows_are_the_reference(
     monkeypatch.setattr(gpu, "_attend_few", watched)
     for dtype in (torch.float32, (torch.bfloat16, torch.float16)[i % 2]):
         case = make_case(i, dtype=dtype, **FEW[name])
-        check(replace(case, rows=case.rows._replace(joined=True)), device)
+        check(joined(case), device)
     # Exact float32 has no wider tiles for prompts.
     assert [cut.n_splits > 1 for cut in cuts] == [splits] * (1 if name == "beside prompts" else 2)
 
@@ -218,7 +225,7 @@ def test_few_rows_are_the_reference(
 def test_few_rows_are_found(device: torch.device) -> None:
     """What the tiles of few rows leave in the counters and in a second layer."""
     case = on(make_case(3, dtype=torch.float32, group=2, size=16, page_size=4, **JOINED), device)
-    case = replace(case, rows=case.rows._replace(joined=True))
+    case = joined(case)
     plan = gpu.GpuPlan(case.rows, case.page_table_BP, case.kv_len_B, case.k_KPSD.shape[2])
     first, second = (case.run(gpu.attend, plan=plan)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -258,14 +265,14 @@ def test_few_rows_with_random_tables_are_the_reference(events: Counter[str], dev
     names = "windows,softcap,sinks,empty rows,ghost rows,values of another size,whole blocks,splits,few rows,prompts"
     events.update(dict.fromkeys([*names.split(","), *map(str, TOLERANCE)], 0))
 
-    @settings(PROFILE, max_examples=12)
+    @settings(PROFILE, max_examples=24)
     @given(case=cases(dtypes=tuple(TOLERANCE), largest=80, kinds=("causal", "causal", "block", "empty")))
     def check_one(case: Case) -> None:
-        check(replace(case, rows=case.rows._replace(joined=True)), device)
+        check(joined(case), device)
         count_events(events, case, 0)
         events["whole blocks"] += int(case.kv_len_B.max()) >= 16
         events["splits"] += shape_of(case).n_splits > 1
-        events["few rows" if gpu_shape.has_few_rows(len(case.seen), len(case.lens)) else "prompts"] += 1
+        events["few rows" if joined(case).rows.few else "prompts"] += 1
 
     check_one()
 
@@ -472,7 +479,7 @@ def test_a_graph_serves_other_tables() -> None:
     for case in steps:
         pairs = [(static.q_RHD, case.q_RHD), (static.k_KPSD, case.k_KPSD), (static.v_KPSD, case.v_KPSD)]
         pairs += [(static.page_table_BP, case.page_table_BP), (static.kv_len_B, case.kv_len_B)]
-        pairs += [(x, y) for x, y in zip(static.rows, case.rows, strict=True) if x is not None and y is not None]
+        pairs += [(x, y) for x, y in zip(static.rows, case.rows, strict=True) if isinstance(x, Tensor)]
         for x, y in pairs:
             x.copy_(y)
         graph.replay()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_elementwise import EPS, LAYOUTS, numbers, strided
 
+from headrace.kernels.cpu_types import TYPES
 from headrace.kernels.project_fixed import cpu, project_fixed, project_fixed_onto
 from headrace.kernels.project_fixed.gpu_shape import FEW_ROWS, GRAIN_E, choose_shape, choose_splits
 from headrace.kernels.project_fixed.reference import project_fixed_onto_reference, project_fixed_reference
@@ -31,7 +32,7 @@ def check_rows(events: Counter[str], data: st.DataObject) -> None:
         wide_EN = weight_NE.new_empty(inputs, outputs + data.draw(st.integers(0, 16)))
         wide_EN[:, :outputs] = weight_NE.t()
         weight_NE = wide_EN[:, :outputs].t()
-        events["outputs side by side"] += outputs > 1 and dtype in cpu.TYPES
+        events["outputs side by side"] += outputs > 1 and dtype in TYPES
     x_RE = strided(numbers(2, rows, inputs, dtype=dtype), data.draw(st.sampled_from(LAYOUTS), "layout of x"))
     y_RN = strided(numbers(3, rows, outputs, dtype=dtype), data.draw(st.sampled_from(LAYOUTS), "layout of y"))
     bias_N = numbers(4, outputs, dtype=dtype) if data.draw(st.booleans(), "bias") else None

@@ -221,34 +221,6 @@ def test_what_the_kernels_take() -> None:
     assert not gpu.takes_onto(at(3, 5, dtype=torch.float32), at(3, 4), at(5, 4), None)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="the model runs on the CPU, with these kernels in the interpreter")
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None:
-    """Every projection of a model by the kernels; float16, which the interpreter rounds as compiled code does."""
-    reference(family, tmp_path)
-    model = load_model(tmp_path, device="cpu", dtype=torch.float16)
-    ids = [[5, 99, 3, 42], [77, 8, 130]]
-    exact = torch.cat(dense_logits(load_model(tmp_path, device="cpu", dtype=torch.float64), ids))
-    plain = torch.cat(dense_logits(model, ids))
-
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        options = {"norm": None, "gated": False} | options
-        events["gated" if options["gated"] else "normed" if options["norm"] else "plain"] += 1
-        taken = gpu.takes(x, weight, bias, options["norm"], gated=options["gated"])
-        return (gpu.project_gpu if taken else composed)(x, weight, bias, **options)
-
-    def project_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        events["onto"] += 1
-        (gpu.project_onto_gpu if gpu.takes_onto(y, x, weight, bias) else composed_onto)(y, x, weight, bias)
-
-    monkeypatch.setattr(linear, "project", project)
-    monkeypatch.setattr(linear, "project_onto", project_onto)
-    got = torch.cat(dense_logits(model, ids))
-    assert not torch.equal(got, plain), "the kernels did not run"
-    error, usual = (got - exact).norm(), (plain - exact).norm()
-    assert error < 2 * usual, (error, usual, exact.norm())
-
-
 @pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, MAX_ROWS])
@@ -299,3 +271,32 @@ def test_the_operation_takes_the_kernel_where_it_is_chosen(rows: int, monkeypatc
         y_RN = composed(x_RE, weight_NE, gated=True)
         composed_onto(torch.zeros_like(y_RN), x_RE, weight_NE[:256])
         assert calls == [rows, rows] * (chosen > 0)
+
+
+if not HAS_GPU:
+
+    @pytest.mark.parametrize("family", ["llama", "qwen2"])
+    def test_a_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Counter[str]) -> None:
+        """Every projection of a model by the kernels; float16, which the interpreter rounds as compiled code does."""
+        reference(family, tmp_path)
+        model = load_model(tmp_path, device="cpu", dtype=torch.float16)
+        ids = [[5, 99, 3, 42], [77, 8, 130]]
+        exact = torch.cat(dense_logits(load_model(tmp_path, device="cpu", dtype=torch.float64), ids))
+        plain = torch.cat(dense_logits(model, ids))
+
+        def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+            options = {"norm": None, "gated": False} | options
+            events["gated" if options["gated"] else "normed" if options["norm"] else "plain"] += 1
+            taken = gpu.takes(x, weight, bias, options["norm"], gated=options["gated"])
+            return (gpu.project_gpu if taken else composed)(x, weight, bias, **options)
+
+        def project_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+            events["onto"] += 1
+            (gpu.project_onto_gpu if gpu.takes_onto(y, x, weight, bias) else composed_onto)(y, x, weight, bias)
+
+        monkeypatch.setattr(linear, "project", project)
+        monkeypatch.setattr(linear, "project_onto", project_onto)
+        got = torch.cat(dense_logits(model, ids))
+        assert not torch.equal(got, plain), "the kernels did not run"
+        error, usual = (got - exact).norm(), (plain - exact).norm()
+        assert error < 2 * usual, (error, usual, exact.norm())

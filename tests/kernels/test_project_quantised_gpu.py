@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.kernels.gpu_coded import FEW_ROWS
 from headrace.kernels.project_fp8 import gpu as fp8
 from headrace.kernels.project_fp8.reference import FP8, project_fp8_reference
 from headrace.kernels.project_int4 import gpu as int4
@@ -17,7 +18,7 @@ pytestmark = [*gpu_forms.marks, pytest.mark.usefixtures("device")]
 DEVICE = gpu_forms.DEVICE
 # Relative to the largest result: weights are rounded to the type of x.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-MANY = int4.FEW_ROWS + 3
+MANY = FEW_ROWS + 3
 SHAPES = [(1, 8, 16, 8), (1, 300, 70, 40), (2, 64, 24, 32), (5, 100, 130, 128), (17, 72, 40, 72), (MANY, 136, 72, 64)]
 """Rows, inputs, outputs, inputs of a group."""
 

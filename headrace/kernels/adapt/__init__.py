@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.kernels.adapt.cpu import TYPES, adapt_cpu_
 from headrace.kernels.adapt.reference import Factors, adapt_reference_
+from headrace.kernels.cpu_types import TYPES
 
 __all__ = ["Factors", "adapt_"]
 
@@ -43,6 +43,8 @@ def adapt_(y_RN: Tensor, x_RE: Tensor, slot_R: Tensor, factors: Factors) -> None
     if not y_RN.dtype == x_RE.dtype == factors.a_SEK.dtype == factors.b_SQN.dtype:
         raise ValueError(f"y is {y_RN.dtype}, x {x_RE.dtype}, the factors {factors.a_SEK.dtype}: they must be the same")
     if y_RN.is_cpu and y_RN.dtype in TYPES:
+        from headrace.kernels.adapt.cpu import adapt_cpu_  # numba is loaded where it is used
+
         return adapt_cpu_(y_RN, x_RE, slot_R, factors)
     if y_RN.is_cuda:
         from headrace.kernels.adapt import gpu  # Triton is loaded where it is used

@@ -13,10 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from headrace.kernels.adapt.reference import Factors
-from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
+from headrace.kernels.cpu_elements import LIKE, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import njit_parallel, njit_serial
-
-__all__ = ["TYPES", "adapt_cpu_"]
 
 # Below this many multiplications a second thread costs more to wake than it saves.
 _SERIAL_BELOW = 65_536
@@ -92,7 +90,7 @@ _LIKE_SLOT = np.zeros(1, np.int32)
 
 
 def adapt_cpu_(y_RN: Tensor, x_RE: Tensor, slot_R: Tensor, factors: Factors) -> None:
-    """See `headrace.kernels.adapt.adapt_`, which has checked the shapes. A type of `TYPES`; places int32."""
+    """See `headrace.kernels.adapt.adapt_`, which has checked the shapes. A type of `cpu_types.TYPES`; places int32."""
     if x_RE.stride(1) != 1:
         x_RE = x_RE.contiguous()
     y_there = y_RN
@@ -115,7 +113,7 @@ def adapt_cpu_(y_RN: Tensor, x_RE: Tensor, slot_R: Tensor, factors: Factors) -> 
         factors.b_SQN.data_ptr(),
         (inputs, outputs, rank, parts),
         factors.borders_P.data_ptr(),
-        TYPES[y_RN.dtype],
+        LIKE[y_RN.dtype],
         _LIKE_SLOT,
     )
     if y_there is not y_RN:

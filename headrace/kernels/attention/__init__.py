@@ -7,23 +7,35 @@ computes one layer. `reference.py` is the definition; on the CPU `cpu.py` does t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from headrace.kernels.attention import cpu, gpu, reference
-from headrace.kernels.attention.cpu import CpuPlan
+from headrace.kernels.attention import gpu, reference
 from headrace.kernels.attention.gpu import GpuPlan
-from headrace.kernels.attention.reference import AttentionRows, ReferencePlan, Span
+from headrace.kernels.attention.reference import FEW_ROWS, AttentionRows, ReferencePlan, Span
 from headrace.kernels.attention.squares import Chain
 from headrace.step import NONE
 
 NEVER = 2**40
 """More rows than a request can have."""
 
-AttentionPlan = CpuPlan | GpuPlan | ReferencePlan
+if TYPE_CHECKING:
+    from headrace.kernels.attention.cpu import CpuPlan
 
-__all__ = ["NONE", "AttentionPlan", "AttentionRows", "Chain", "Span", "attend", "plan_attention", "write_kv"]
+AttentionPlan: TypeAlias = "CpuPlan | GpuPlan | ReferencePlan"
+
+__all__ = [
+    "FEW_ROWS",
+    "NONE",
+    "AttentionPlan",
+    "AttentionRows",
+    "Chain",
+    "Span",
+    "attend",
+    "plan_attention",
+    "write_kv",
+]
 
 
 def plan_attention(
@@ -53,7 +65,9 @@ def plan_attention(
             rows with masks.
     """
     if kv_len_B.device.type == "cpu":
-        # However many rows a request has, it is left to the kernel.
+        from headrace.kernels.attention import cpu  # numba is loaded where it is used
+
+        # In parity all are left to the kernel, however many rows they have.
         wide_from = NEVER if parity else cpu.WIDE_FROM
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens, wide_from)
     if kv_len_B.device.type == "cuda":
@@ -107,8 +121,16 @@ def attend(
     """
     if plan is None:
         plan = plan_attention(rows, page_table_BP, kv_len_B, k_pool_KPSD.shape[2], lens)
-    form: Any = {CpuPlan: cpu.attend, GpuPlan: gpu.attend, ReferencePlan: reference.attend}[type(plan)]
-    extra = {"own": own, "out_RHD": out_RHD} if isinstance(plan, GpuPlan) else {}
+    form: Any
+    extra = {}
+    if isinstance(plan, GpuPlan):
+        form, extra = gpu.attend, {"own": own, "out_RHD": out_RHD}
+    elif isinstance(plan, ReferencePlan):
+        form = reference.attend
+    else:
+        from headrace.kernels.attention import cpu
+
+        form = cpu.attend
     result: tuple[Tensor, Tensor | None] = form(
         q_RHD,
         rows,
@@ -132,5 +154,9 @@ def write_kv(k_RKD: Tensor, v_RKD: Tensor, k_pool_KPSD: Tensor, v_pool_KPSD: Ten
 
     `place_R` is int64 [R], page * S + offset in [0, P * S); rows that must leave no trace go to page 0.
     """
-    form = {"cpu": cpu.write_kv, "cuda": gpu.write_kv}.get(k_pool_KPSD.device.type, reference.write_kv)
+    form = {"cuda": gpu.write_kv}.get(k_pool_KPSD.device.type, reference.write_kv)
+    if k_pool_KPSD.device.type == "cpu":
+        from headrace.kernels.attention import cpu
+
+        form = cpu.write_kv
     form(k_RKD, v_RKD, k_pool_KPSD, v_pool_KPSD, place_R)

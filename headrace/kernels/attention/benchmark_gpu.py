@@ -7,15 +7,16 @@ keys and values that lie in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.attention import AttentionRows, gpu
+from headrace.kernels.attention import FEW_ROWS, AttentionRows, gpu
 from headrace.kernels.attention.gpu_shape import Heads
+from headrace.kernels.gpu_replay import replay_us
 
 DECODE = [(b, context) for context in (1024, 4096, 32768) for b in (1, 8, 64)]
 """Requests with one row each, and their slots."""
@@ -78,7 +79,9 @@ def make_step(
     zero_R = torch.zeros_like(k_R)
     ptr_B1 = torch.arange(0, n_reqs * n_rows + 1, n_rows, **ints)
     reqs_B = torch.arange(n_reqs, **ints)
-    rows = AttentionRows(req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True)
+    rows = AttentionRows(
+        req_R, committed + k_R, zero_R, zero_R, k_R + 1, ptr_B1, reqs_B, joined=True, few=n_rows < FEW_ROWS
+    )
     slot_R = (committed + k_R).long()
     place_R = page_table_BP[req_R.long(), slot_R // page_size].long() * page_size + slot_R % page_size
     shape = (kv_heads, n_pages, page_size, size)
@@ -98,31 +101,6 @@ def in_one_piece(step: Step, n_reqs: int) -> tuple[Tensor, Tensor, Tensor]:
     q_BHrD = step.q_RHD.unflatten(0, (n_reqs, -1)).transpose(1, 2).contiguous()
     m = int(step.kv_len_B[0]) + q_BHrD.shape[2]
     return q_BHrD, k_BKmD[:, :, :m], v_BKmD[:, :, :m]
-
-
-def _replay_us(call: Callable[[], object], seconds: float) -> float:
-    """Microseconds of a call, captured in a graph and replayed for about `seconds`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay_ms(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    replay_ms(3)
-    count = max(3, int(seconds * 1e3 / max(replay_ms(3) / 3, 1e-3)))
-    return replay_ms(count) / count * 1e3
 
 
 def benchmark(
@@ -157,7 +135,7 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
         for pools in step.pools:
             gpu.write_kv(*step.kv_RKD, *pools, step.place_R)
 
-    us = _replay_us(all_layers, seconds) / layers
+    us = replay_us(all_layers, seconds) / layers
     visible = n_reqs * (n_rows * committed + n_rows * (n_rows + 1) // 2)
     result = {
         "work": name,
@@ -168,13 +146,13 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
         "read_gb_per_s": round(read_bytes / us / 1e3, 1),
         "tflop_per_s": round(4 * heads * size * visible / us / 1e6, 1),
         "sdpa_us": None,
-        "write_us": round(_replay_us(write_all_layers, seconds / 3) / layers, 1),
-        "plan_us": round(_replay_us(lambda: step.plan().tiles(shape, 0), seconds / 3), 1),
+        "write_us": round(replay_us(write_all_layers, seconds / 3) / layers, 1),
+        "plan_us": round(replay_us(lambda: step.plan().tiles(shape, 0), seconds / 3), 1),
         "tile": f"{shape.block_m}x{shape.block_n}",
         "splits": shape.n_splits,
     }
     if name == "prefill" and not committed:
         q, k, v = in_one_piece(step, n_reqs)
-        sdpa_us = _replay_us(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), seconds)
+        sdpa_us = replay_us(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), seconds)
         result["sdpa_us"] = round(sdpa_us, 1)
     return result

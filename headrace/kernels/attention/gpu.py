@@ -22,7 +22,6 @@ from headrace.kernels.attention.gpu_shape import (
     choose_shape,
     choose_stream,
     fixed_shape,
-    has_few_rows,
     least_blocks,
     padded,
     parts_of_group,
@@ -60,7 +59,7 @@ class GpuPlan:
         self.n_rows, self.n_reqs = rows.req_R.shape[0], rows.reqs_B.shape[0]
         self.is_joined = rows.joined and rows.bits_R is None
         # In parity prompts take the way of few rows too.
-        self.is_stream = self.is_joined and (parity or has_few_rows(self.n_rows, self.n_reqs))
+        self.is_stream = self.is_joined and (parity or rows.few)
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
@@ -79,8 +78,9 @@ class GpuPlan:
         """The cut of the step for heads of one kind; see `gpu_shape`."""
         if self.parity:
             return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip(), self.is_stream)
-        choose = choose_stream if self.is_stream else choose_shape
-        return choose(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip())
+        sizes = self.n_rows, self.n_reqs, self.max_slots, heads, self.chip()
+        # Of rows that are joined and not few, those of requests with few rows have a pass of their own.
+        return choose_stream(*sizes) if self.is_stream else choose_shape(*sizes, prompts=self.is_joined)
 
     def chip(self) -> Chip:
         """Where the step runs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from headrace.kernels.attention.reference import FEW_ROWS
 from headrace.kernels.gpu_sizes import next_power
 
 PROGRAMS_A_PROCESSOR = 3
@@ -19,7 +20,7 @@ LEAST_SLOTS = 128
 MAX_SPLITS = 128
 """Above it, merging costs more than the splits save."""
 MAX_BLOCK_N = 128
-PROMPT_ROWS = 16
+PROMPT_ROWS = FEW_ROWS
 """Rows a request, on average, from which a step counts as prompts: these take the largest tile."""
 QUERY_BYTES = 2**16
 """Bytes of the queries of a tile."""
@@ -99,10 +100,22 @@ def padded(size: int) -> int:
     return max(next_power(size), SMALLEST_DOT)
 
 
-def choose_shape(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip, limits: Limits = TILES) -> Shape:
-    """The cut of a step of `n_rows` rows of `n_reqs` requests, padding included, over at most `max_slots` slots."""
+def choose_shape(
+    n_rows: int,
+    n_reqs: int,
+    max_slots: int,
+    heads: Heads,
+    chip: Chip,
+    limits: Limits = TILES,
+    *,
+    prompts: bool = False,
+) -> Shape:
+    """The cut of a step of `n_rows` rows of `n_reqs` requests, padding included, over at most `max_slots` slots.
+
+    `prompts`: the requests that this is for are prompts, whatever the average.
+    """
     widths = padded(heads.size), padded(heads.v_size)
-    rows_a_request = -(-n_rows // max(n_reqs, 1))
+    rows_a_request = PROMPT_ROWS if prompts else -(-n_rows // max(n_reqs, 1))
     block_m = _lines(rows_a_request, heads, max(widths))
     tile_rows = block_m // heads.group
     # Without tensor cores the operands of a product stand in registers, and larger blocks spill.
@@ -162,11 +175,6 @@ def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: 
 def least_blocks(shape: Shape) -> int:
     """Blocks of a request that a split of few rows is made for."""
     return max(LEAST_SLOTS // shape.block_n, 1)
-
-
-def has_few_rows(n_rows: int, n_reqs: int) -> bool:
-    """Whether a step counts as decoding and not as prompts."""
-    return -(-n_rows // max(n_reqs, 1)) < PROMPT_ROWS
 
 
 def parts_of_group(heads: Heads) -> int:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW_ROWS = 16
+"""Rows of a request from which it counts as a prompt."""
 MAX_SCORES = 2**25
 """Scores held at once; more rows are taken in turn."""
 
@@ -50,6 +52,8 @@ class AttentionRows(NamedTuple):
     joined: bool = False
     """Whether the host knows that the visible slots of each row, and those of all rows of a request together, are one
     interval each: c <= b or b <= a everywhere, and no masks. A GPU may then take a faster way."""
+    few: bool = False
+    """Whether the host knows that no request has FEW_ROWS rows, ghosts aside."""
 
 
 class Span(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.gpu_replay import replay_us
 from headrace.kernels.gpu_sizes import apart, processors, shared_bytes
 from headrace.kernels.project import gpu
 from headrace.kernels.project.gpu_shape import Shape, block_rows
@@ -93,7 +94,7 @@ class Work(NamedTuple):
             for weight in self.weights:
                 call(weight)
 
-        return _replay_us(all_weights, seconds) / len(self.weights)
+        return replay_us(all_weights, seconds) / len(self.weights)
 
     def gb_per_s(self, us: float) -> float:
         """The rate at which weights are read."""
@@ -109,31 +110,6 @@ def make_work(case: Case, rows: int, device: torch.device, weights: Sequence[Ten
         weights = [torch.randn(case.outputs, case.inputs, **options).mul_(1e-3) for _ in range(copies)]
     x, y = torch.randn(rows, case.inputs, **options), torch.randn(rows, case.outputs, **options)
     return Work(case, x, y, (torch.randn(case.inputs, **options), EPS), weights)
-
-
-def _replay_us(call: Callable[[], object], seconds: float) -> float:
-    """Microseconds of a call, captured in a graph and replayed for about `seconds`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay_ms(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    replay_ms(3)
-    count = max(3, int(seconds * 1e3 / max(replay_ms(3) / 3, 1e-3)))
-    return replay_ms(count) / count * 1e3
 
 
 def describe(shape: Shape) -> str:
@@ -205,16 +181,16 @@ def benchmark_chain(
                     x.addmm_(mixed[:, : o.shape[1]], o.t())
                     x.addmm_(silu_mul_gpu(F.linear(rms_norm_gpu(x, norm, EPS), gate_up)), down.t())
 
-            us = _replay_us(fused, seconds) / layers
+            us = replay_us(fused, seconds) / layers
             with apart():
-                apart_us = _replay_us(fused, seconds) / layers
+                apart_us = replay_us(fused, seconds) / layers
             row = {
                 "model": model,
                 "rows": n,
                 "us_a_layer": round(us, 2),
                 "gb_per_s": round(layer_bytes / us / 1e3, 1),
                 "no_overlap_us": round(apart_us, 2),
-                "composed_us": round(_replay_us(composed, seconds) / layers, 2),
+                "composed_us": round(replay_us(composed, seconds) / layers, 2),
             }
             result.append(row)
     return result

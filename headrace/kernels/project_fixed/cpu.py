@@ -13,10 +13,10 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from headrace.kernels.cpu_elements import TYPES, apart, narrow, vector, widen
+from headrace.kernels.cpu_elements import LIKE, apart, narrow, vector, widen
 from headrace.kernels.cpu_runtime import FAST_SUMS, njit_parallel, njit_serial, use_torch_threads
 
-__all__ = ["TYPES", "multiply_cpu"]
+__all__ = ["multiply_cpu"]
 
 BLOCK_N = 64
 """Outputs that a row's sums are held for at once."""
@@ -93,7 +93,7 @@ def _multiply(shares: Any, io: Any, shape: Any, kind: Any, like: Any) -> None:
 
 
 def multiply_cpu(x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, onto_RN: Tensor | None) -> Tensor:
-    """x W^T + b, or `onto` += that. Shapes have been checked; one type of `TYPES`."""
+    """x W^T + b, or `onto` += that. Shapes have been checked; one type of `cpu_types.TYPES`."""
     if x_RE.stride(1) != 1:
         x_RE = x_RE.contiguous()
     if 1 not in weight_NE.stride():
@@ -113,7 +113,7 @@ def multiply_cpu(x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, onto_RN
     io = (x_RE.data_ptr(), weight_NE.data_ptr(), 0 if bias is None else bias.data_ptr(), out_RN.data_ptr())
     shape = (rows, outputs, inputs, x_RE.stride(0), weight_row, weight_column, out_RN.stride(0))
     shares = 1 if rows * outputs * inputs < _SERIAL_BELOW else use_torch_threads()
-    _multiply(shares, io, shape, kind, TYPES[x_RE.dtype])
+    _multiply(shares, io, shape, kind, LIKE[x_RE.dtype])
     if out_RN is not y_RN:
         y_RN.copy_(out_RN)
     return y_RN

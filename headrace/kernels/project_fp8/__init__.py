@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.project_fp8.cpu import project_fp8_cpu, takes
 from headrace.kernels.project_fp8.reference import FP8, project_fp8_reference
 
 __all__ = ["FP8", "project_fp8"]
@@ -46,6 +45,9 @@ def project_fp8(x_RE: Tensor, codes_NE: Tensor, scales_NG: Tensor, *, group: int
             from headrace.kernels.project_fp8 import gpu  # Triton is loaded where it is used
 
             return gpu.project_fp8_gpu(x_RE, codes_NE, scales_NG, group)
-        if x_RE.is_cpu and takes(codes_NE, scales_NG):
-            return project_fp8_cpu(x_RE, codes_NE, scales_NG, group)
+        if x_RE.is_cpu:
+            from headrace.kernels.project_fp8 import cpu  # numba is loaded where it is used
+
+            if cpu.takes(codes_NE, scales_NG):
+                return cpu.project_fp8_cpu(x_RE, codes_NE, scales_NG, group)
     return project_fp8_reference(x_RE, codes_NE, scales_NG, group=group)

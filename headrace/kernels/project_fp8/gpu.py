@@ -1,9 +1,7 @@
 """8-bit linear maps on a GPU: codes become weights in registers.
 
 Codes are decoded by their bits, so that GPUs without 8-bit floats run it too: shifted, they are a float16 whose
-exponent's bias is 8 too large. Up to `FEW_ROWS` rows a program multiplies its tile of outputs as it decodes it, with
-the tensor cores or, for one row, without. More rows: blocks of outputs are decoded into memory and multiplied by the
-library. Weights are rounded to the type of x, sums are float32. Letters: see the reference.
+exponent's bias is 8 too large. Which kernel runs: see `gpu_coded`. Letters: see the reference.
 """
 
 from __future__ import annotations
@@ -11,16 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.kernels.gpu_coded import BLOCK_N, TYPES, Coded, multiply_coded
 from headrace.kernels.gpu_runtime import tl, triton
-from headrace.kernels.gpu_sizes import next_power, processors
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Element types that the kernels know."""
-FEW_ROWS = 64
-"""Rows up to which weights are multiplied as they are decoded. Not yet timed on a GPU."""
-DENSE_BYTES = 2**26
-"""Bytes of the block of dense weights that many rows are multiplied with."""
-_BLOCK_E, _BLOCK_N = 128, 64
+_BLOCK_E = 128
+_WIDE_BLOCK_E = 32
+"""Of float32, which takes more registers."""
 _ROW_BLOCK_E, _ROW_BLOCK_N = 256, 32
 
 
@@ -118,35 +112,24 @@ def project_fp8_gpu(x_RE: Tensor, codes_NE: Tensor, scales_NG: Tensor, group: in
         raise ValueError(f"8-bit weights on a GPU take {', '.join(map(str, TYPES))}, not {x_RE.dtype}")
     if codes_NE.stride(1) != 1 or not scales_NG.is_contiguous():
         raise ValueError(f"codes have strides {codes_NE.stride()}: inputs must be neighbours")
-    (rows, inputs), (outputs, groups) = x_RE.shape, scales_NG.shape
-    y_RN = x_RE.new_empty(rows, outputs)
-    if not y_RN.numel():
-        return y_RN
-    x = x_RE if x_RE.stride(1) == 1 else x_RE.contiguous()
+    inputs, (outputs, groups) = x_RE.shape[1], scales_NG.shape
     codes = codes_NE.view(torch.uint8)
-    if rows <= FEW_ROWS:
-        block_n = _ROW_BLOCK_N if rows == 1 else _BLOCK_N
-        while block_n > 16 and -(-outputs // block_n) < 2 * processors(x.device):
-            block_n //= 2
-        if rows == 1:
-            fp8_row[(-(-outputs // block_n), rows)](
-                x, codes, scales_NG, y_RN, inputs, outputs, x.stride(0), codes.stride(0), groups, group,
-                BLOCK_E=_ROW_BLOCK_E, BLOCK_N=block_n, num_warps=4,
-            )  # fmt: skip
-            return y_RN
-        block_r = max(next_power(rows), 16)
-        fp8_tile[(-(-outputs // block_n), -(-rows // block_r))](
-            x, codes, scales_NG, y_RN, rows, inputs, outputs, x.stride(0), codes.stride(0), groups, group,
-            BLOCK_R=block_r, BLOCK_E=_BLOCK_E if x.element_size() == 2 else 32, BLOCK_N=block_n, num_warps=4,
-        )  # fmt: skip
-        return y_RN
-    width = max(DENSE_BYTES // (inputs * x.element_size()) // 64 * 64, 64)
-    for start in range(0, outputs, width):
-        size = min(width, outputs - start)
-        dense_BE = x.new_empty(size, inputs)
-        fp8_unpack[(-(-inputs // _BLOCK_E), -(-size // _BLOCK_N))](
-            dense_BE, codes[start : start + size], scales_NG[start : start + size], inputs, size, codes.stride(0),
-            groups, group, BLOCK_E=_BLOCK_E, BLOCK_N=_BLOCK_N, num_warps=4,
-        )  # fmt: skip
-        y_RN[:, start : start + size] = x @ dense_BE.t()
-    return y_RN
+    last = (codes.stride(0), groups, group)
+
+    def row(grid: tuple[int, int], x: Tensor, y_RN: Tensor, block_n: int) -> None:
+        options = {"BLOCK_E": _ROW_BLOCK_E, "BLOCK_N": block_n, "num_warps": 4}
+        fp8_row[grid](x, codes, scales_NG, y_RN, inputs, outputs, x.stride(0), *last, **options)
+
+    def tile(grid: tuple[int, int], x: Tensor, y_RN: Tensor, block_r: int, block_n: int) -> None:
+        block_e = _BLOCK_E if x.element_size() == 2 else _WIDE_BLOCK_E
+        options = {"BLOCK_R": block_r, "BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 4}
+        fp8_tile[grid](x, codes, scales_NG, y_RN, x.shape[0], inputs, outputs, x.stride(0), *last, **options)
+
+    def dense(first: int, size: int) -> Tensor:
+        dense_BE = x_RE.new_empty(size, inputs)
+        parts = [part[first : first + size] for part in (codes, scales_NG)]
+        grid = (-(-inputs // _BLOCK_E), -(-size // BLOCK_N))
+        fp8_unpack[grid](dense_BE, *parts, inputs, size, *last, BLOCK_E=_BLOCK_E, BLOCK_N=BLOCK_N, num_warps=4)
+        return dense_BE.t()
+
+    return multiply_coded(x_RE, outputs, Coded(row, tile, dense, _ROW_BLOCK_N))

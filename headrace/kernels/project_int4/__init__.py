@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.project_int4.cpu import project_int4_cpu, takes
 from headrace.kernels.project_int4.reference import project_int4_reference
 
 __all__ = ["project_int4"]
@@ -48,6 +47,9 @@ def project_int4(x_RE: Tensor, words_WN: Tensor, zeros_GN: Tensor, scales_GN: Te
             from headrace.kernels.project_int4 import gpu  # Triton is loaded where it is used
 
             return gpu.project_int4_gpu(x_RE, words_WN, zeros_GN, scales_GN, group)
-        if x_RE.is_cpu and takes(words_WN, zeros_GN, scales_GN, group):
-            return project_int4_cpu(x_RE, words_WN, zeros_GN, scales_GN, group)
+        if x_RE.is_cpu:
+            from headrace.kernels.project_int4 import cpu  # numba is loaded where it is used
+
+            if cpu.takes(words_WN, zeros_GN, scales_GN, group):
+                return cpu.project_int4_cpu(x_RE, words_WN, zeros_GN, scales_GN, group)
     return project_int4_reference(x_RE, words_WN, zeros_GN, scales_GN, group=group)

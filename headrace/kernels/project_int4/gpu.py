@@ -1,26 +1,16 @@
 """4-bit linear maps on a GPU: codes become weights in registers.
 
-Up to `FEW_ROWS` rows a program multiplies its tile of outputs with the tensor cores as it unpacks it: one row a program
-of outer products, several rows tiles of 16. More rows: blocks of outputs are unpacked into memory and multiplied by the
-library, so that the unpacking is paid once and not by every tile of rows. Weights are rounded to the type of x, sums
-are float32. Letters: see the reference.
+One row: outer products. Several: tiles for the tensor cores. Many: see `gpu_coded`. Letters: see the reference.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from headrace.kernels.gpu_coded import BLOCK_N, TYPES, Coded, multiply_coded
 from headrace.kernels.gpu_runtime import tl, triton
-from headrace.kernels.gpu_sizes import next_power, processors
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Element types that the kernels know."""
-FEW_ROWS = 64
-"""Rows up to which weights are multiplied as they are unpacked. Not yet timed on a GPU."""
-DENSE_BYTES = 2**26
-"""Bytes of the block of dense weights that many rows are multiplied with."""
-_BLOCK_E, _BLOCK_N = 64, 64
+_BLOCK_E = 64
 _ROW_BLOCK_E, _ROW_BLOCK_N = 128, 64
 
 
@@ -133,39 +123,23 @@ def project_int4_gpu(x_RE: Tensor, words_WN: Tensor, zeros_GN: Tensor, scales_GN
         raise ValueError(f"4-bit weights on a GPU take {', '.join(map(str, TYPES))}, not {x_RE.dtype}")
     if not words_WN.stride(1) == zeros_GN.stride(1) == scales_GN.stride(1) == 1:
         raise ValueError(f"words have strides {words_WN.stride()}: outputs must be neighbours")
-    (rows, inputs), outputs = x_RE.shape, words_WN.shape[1]
-    y_RN = x_RE.new_empty(rows, outputs)
-    if not y_RN.numel():
-        return y_RN
-    x = x_RE if x_RE.stride(1) == 1 else x_RE.contiguous()
-    strides = (words_WN.stride(0), zeros_GN.stride(0), scales_GN.stride(0))
+    inputs, outputs = x_RE.shape[1], words_WN.shape[1]
     weights = (words_WN, zeros_GN, scales_GN)
-    if rows == 1:
-        block_n = _ROW_BLOCK_N
-        while block_n > 16 and -(-outputs // block_n) < 2 * processors(x.device):
-            block_n //= 2
-        grid = (-(-outputs // block_n), rows)
-        int4_row[grid](
-            x, *weights, y_RN, inputs, outputs, x.stride(0), *strides, group,
-            BLOCK_E=_ROW_BLOCK_E, BLOCK_N=block_n, num_warps=4,
-        )  # fmt: skip
-        return y_RN
-    if rows <= FEW_ROWS:
-        block_r, block_n = max(next_power(rows), 16), _BLOCK_N
-        while block_n > 16 and -(-outputs // block_n) < 2 * processors(x.device):
-            block_n //= 2
-        int4_tile[(-(-outputs // block_n), -(-rows // block_r))](
-            x, *weights, y_RN, rows, inputs, outputs, x.stride(0), *strides, group,
-            BLOCK_R=block_r, BLOCK_E=_BLOCK_E, BLOCK_N=block_n, num_warps=4,
-        )  # fmt: skip
-        return y_RN
-    width = max(DENSE_BYTES // (inputs * x.element_size()) // 64 * 64, 64)
-    for start in range(0, outputs, width):
-        size = min(width, outputs - start)
-        dense_EB = x.new_empty(inputs, size)
-        parts = [weight[:, start : start + size] for weight in weights]
-        int4_unpack[(-(-inputs // _BLOCK_E), -(-size // _BLOCK_N))](
-            dense_EB, *parts, inputs, size, *strides, group, BLOCK_E=_BLOCK_E, BLOCK_N=_BLOCK_N, num_warps=4
-        )
-        y_RN[:, start : start + size] = x @ dense_EB
-    return y_RN
+    last = (words_WN.stride(0), zeros_GN.stride(0), scales_GN.stride(0), group)
+
+    def row(grid: tuple[int, int], x: Tensor, y_RN: Tensor, block_n: int) -> None:
+        options = {"BLOCK_E": _ROW_BLOCK_E, "BLOCK_N": block_n, "num_warps": 4}
+        int4_row[grid](x, *weights, y_RN, inputs, outputs, x.stride(0), *last, **options)
+
+    def tile(grid: tuple[int, int], x: Tensor, y_RN: Tensor, block_r: int, block_n: int) -> None:
+        options = {"BLOCK_R": block_r, "BLOCK_E": _BLOCK_E, "BLOCK_N": block_n, "num_warps": 4}
+        int4_tile[grid](x, *weights, y_RN, x.shape[0], inputs, outputs, x.stride(0), *last, **options)
+
+    def dense(first: int, size: int) -> Tensor:
+        dense_EB = x_RE.new_empty(inputs, size)
+        parts = [weight[:, first : first + size] for weight in weights]
+        grid = (-(-inputs // _BLOCK_E), -(-size // BLOCK_N))
+        int4_unpack[grid](dense_EB, *parts, inputs, size, *last, BLOCK_E=_BLOCK_E, BLOCK_N=BLOCK_N, num_warps=4)
+        return dense_EB
+
+    return multiply_coded(x_RE, outputs, Coded(row, tile, dense, _ROW_BLOCK_N))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.kernels.rms_norm.cpu import TYPES, rms_norm_cpu
+from headrace.kernels.cpu_types import TYPES
 from headrace.kernels.rms_norm.reference import rms_norm_reference
 
 __all__ = ["rms_norm"]
@@ -37,6 +37,8 @@ def rms_norm(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
             f"weight has shape {tuple(weight_E.shape)}; its axes must be the last one or two of x {tuple(x_RE.shape)}"
         )
     if x_RE.is_cpu and x_RE.dtype in TYPES and weight_E.dtype is x_RE.dtype:
+        from headrace.kernels.rms_norm.cpu import rms_norm_cpu  # numba is loaded where it is used
+
         return rms_norm_cpu(x_RE, weight_E, eps)
     if x_RE.is_cuda:
         from headrace.kernels.rms_norm import gpu  # Triton is loaded where it is used

@@ -11,10 +11,8 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
+from headrace.kernels.cpu_elements import LIKE, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import FAST_SUMS, njit_parallel, njit_serial
-
-__all__ = ["TYPES", "rms_norm_cpu"]
 
 # Below this many elements a second thread costs more to wake than it saves.
 _SERIAL_BELOW = 49_152
@@ -51,7 +49,7 @@ def _norm(shares: Any, rows: Any, io: Any, shape: Any, eps: Any, like: Any) -> N
 
 
 def rms_norm_cpu(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-    """See `headrace.kernels.rms_norm.rms_norm`, which has checked the shapes. x and weight of one type of `TYPES`."""
+    """See `headrace.kernels.rms_norm.rms_norm`, which has checked the shapes. Both of one type of `cpu_types.TYPES`."""
     y_RE = x_RE.new_empty(x_RE.shape)
     if not y_RE.numel():
         return y_RE
@@ -70,5 +68,5 @@ def rms_norm_cpu(x_RE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         rows, heads, width = x.shape
         shape = (heads, width, x.stride(0), x.stride(1), width if per_head else 0)
     io = (x.data_ptr(), weight_E.data_ptr(), y_RE.data_ptr())
-    _norm(shares_of(y_RE.numel(), _SERIAL_BELOW, rows), rows, io, shape, eps, TYPES[x.dtype])
+    _norm(shares_of(y_RE.numel(), _SERIAL_BELOW, rows), rows, io, shape, eps, LIKE[x.dtype])
     return y_RE

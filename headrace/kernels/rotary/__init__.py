@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.kernels.rotary.cpu import TYPES, rotate_cpu_
+from headrace.kernels.cpu_types import TYPES
 from headrace.kernels.rotary.reference import rotate_reference_
 
 __all__ = ["rotate_"]
@@ -34,6 +34,8 @@ def rotate_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
         )
     dtype = x_RND.dtype
     if x_RND.is_cpu and dtype in TYPES and cos_R1D.dtype is dtype and sin_R1D.dtype is dtype and x_RND.stride(2) == 1:
+        from headrace.kernels.rotary.cpu import rotate_cpu_  # numba is loaded where it is used
+
         rotate_cpu_(x_RND, cos_R1D, sin_R1D)
         return
     if x_RND.is_cuda:

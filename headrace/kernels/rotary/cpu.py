@@ -10,10 +10,8 @@ from typing import Any
 import numba
 from torch import Tensor
 
-from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
+from headrace.kernels.cpu_elements import LIKE, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import njit_parallel, njit_serial
-
-__all__ = ["TYPES", "rotate_cpu_"]
 
 # Below this many elements a second thread costs more to wake than it saves.
 _SERIAL_BELOW = 49_152
@@ -48,10 +46,10 @@ def _rotate(shares: Any, rows: Any, io: Any, shape: Any, like: Any) -> None:
 
 
 def rotate_cpu_(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> None:
-    """See `headrace.kernels.rotary.rotate_`, which has checked the shapes. All of one type of `TYPES`; stride(2) 1."""
+    """See `headrace.kernels.rotary.rotate_`, which has checked shapes. One type, of `cpu_types.TYPES`; stride(2) 1."""
     rows, heads, size = x_RND.shape
     x_row, x_head, _ = x_RND.stride()
     cos_R1D, sin_R1D = cos_R1D.contiguous(), sin_R1D.contiguous()
     io = (x_RND.data_ptr(), cos_R1D.data_ptr(), sin_R1D.data_ptr())
     shares = shares_of(rows * heads * size, _SERIAL_BELOW, rows)
-    _rotate(shares, rows, io, (heads, size // 2, x_row, x_head), TYPES[x_RND.dtype])
+    _rotate(shares, rows, io, (heads, size // 2, x_row, x_head), LIKE[x_RND.dtype])

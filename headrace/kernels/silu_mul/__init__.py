@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.kernels.silu_mul.cpu import TYPES, silu_mul_cpu
+from headrace.kernels.cpu_types import TYPES
 from headrace.kernels.silu_mul.reference import silu_mul_reference
 
 __all__ = ["silu_mul"]
@@ -31,6 +31,8 @@ def silu_mul(gate_up_R2F: Tensor) -> Tensor:
     if gate_up_R2F.dim() != 2 or gate_up_R2F.shape[1] % 2:
         raise ValueError(f"gate and up have shape {tuple(gate_up_R2F.shape)}; silu_mul takes [rows, 2 * width]")
     if gate_up_R2F.is_cpu and gate_up_R2F.dtype in TYPES:
+        from headrace.kernels.silu_mul.cpu import silu_mul_cpu  # numba is loaded where it is used
+
         return silu_mul_cpu(gate_up_R2F)
     if gate_up_R2F.is_cuda:
         from headrace.kernels.silu_mul import gpu  # Triton is loaded where it is used

@@ -12,10 +12,8 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from headrace.kernels.cpu_elements import TYPES, apart, narrow, shares_of, vector, widen
+from headrace.kernels.cpu_elements import LIKE, apart, narrow, shares_of, vector, widen
 from headrace.kernels.cpu_runtime import exp_f32, njit_parallel, njit_serial
-
-__all__ = ["TYPES", "silu_mul_cpu"]
 
 # Below this many results a second thread costs more to wake than it saves.
 _SERIAL_BELOW = 49_152
@@ -51,7 +49,7 @@ def _silu_mul(shares: Any, rows: Any, gate_up: Any, out: Any, width: Any, stride
 
 
 def silu_mul_cpu(gate_up_R2F: Tensor) -> Tensor:
-    """See `headrace.kernels.silu_mul.silu_mul`, which has checked the shape. A type of `TYPES`."""
+    """See `headrace.kernels.silu_mul.silu_mul`, which has checked the shape. A type of `cpu_types.TYPES`."""
     if gate_up_R2F.stride(1) != 1:
         gate_up_R2F = gate_up_R2F.contiguous()
     rows, columns = gate_up_R2F.shape
@@ -64,6 +62,6 @@ def silu_mul_cpu(gate_up_R2F: Tensor) -> Tensor:
         out_RF.data_ptr(),
         width,
         gate_up_R2F.stride(0),
-        TYPES[gate_up_R2F.dtype],
+        LIKE[gate_up_R2F.dtype],
     )
     return out_RF
