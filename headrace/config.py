@@ -97,13 +97,13 @@ class EngineConfig:
         "recomputed; 0: none are made; if not given, 4 on a GPU and 0.5 on the CPU",
     )
     seed: int = option(0, "engine seed: keys requests that bring no seed of their own")
+    progress: bool | None = option(
+        None, "say on stderr which stage of the start takes longer than a second; if not given, on a terminal only"
+    )
     parity: bool = option(
         False,
         "sum in fixed orders, so that a result is the same bit for bit whatever runs beside it; slower, and not for "
         "every model and option",
-    )
-    progress: bool | None = option(
-        None, "say on stderr which stage of the start takes longer than a second; if not given, on a terminal only"
     )
     check_invariants: bool = option(False, "audit clocks and pages after every step (slow; for debugging)")
 

@@ -84,8 +84,8 @@ def start(settings: Settings, tokenizer: Tokenizer | None, ranks: Ranks, stages:
         seed=config.seed,
         adapters=AdapterBank(places, config.max_adapter_rank) if places else None,
         ranks=ranks,
-        parity=config.parity,
         stages=stages,
+        parity=config.parity,
     )
     if tokenizer and tokenizer.vocab_size > network.config.vocab_size:
         log.warning(

@@ -23,6 +23,7 @@ _SUITES = [
     _HERE / name
     for name in (
         "engine/test_law_one.py",
+        "engine/test_parity_mode.py",
         "engine/test_pieces.py",
         "engine/test_fork.py",
         "engine/test_urgency.py",

@@ -28,6 +28,12 @@ from headrace.step import LayerState
 PLAIN = next(iter(DECODERS)).name
 """The decoder that every engine has: the first one registered."""
 
+PARITY_TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""By device the types for which all kernels of a model have a fixed order of sums."""
+
 
 PARITY_TYPES = {
     "cpu": (torch.float32, torch.bfloat16),

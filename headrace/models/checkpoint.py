@@ -59,8 +59,8 @@ def load_model(
     adapters: AdapterBank | None = None,
     quantization: Quantization | None = None,
     ranks: Ranks = ONE,
-    parity: bool = False,
     stages: Stages | None = None,
+    parity: bool = False,
 ) -> CausalLM:
     """A model ready for inference: parameters loaded, converted, without gradient.
 
@@ -78,8 +78,8 @@ def load_model(
         quantization: a form of weights for a dense checkpoint, of tools that look at products.
         ranks: those that share the model; only this rank's parts of split tensors are read. Random weights are the
             same model on any number of ranks.
-        parity: each row's bits are a function of that row and of what it sees; see `EngineConfig.parity`.
         stages: is told how long what takes; None: nobody asks.
+        parity: each row's bits are a function of that row and of what it sees; see `EngineConfig.parity`.
 
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
@@ -103,7 +103,8 @@ def load_model(
     stages = stages or Stages()
     with stages.stage("outline"):
         # Without the bank: its rooms are those of the model itself.
-        place = Placement(device, wanted or _known_dtype(config, device), None, config.quantization, ranks, parity)
+        place = Placement(device, wanted or _known_dtype(config, device), None, config.quantization, ranks)
+        place = place._replace(parity=parity)
         outline = _outline(config, max_model_len, place)
         entries: dict[str, Entry] = {}
         if load_format == "auto":

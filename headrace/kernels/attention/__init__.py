@@ -67,7 +67,7 @@ def plan_attention(
     if kv_len_B.device.type == "cpu":
         from headrace.kernels.attention import cpu  # numba is loaded where it is used
 
-        # In parity all are left to the kernel, however many rows they have.
+        # In parity a request is left to the kernel, however many rows it has.
         wide_from = NEVER if parity else cpu.WIDE_FROM
         return cpu.plan_attention(rows, page_table_BP, kv_len_B, page_size, lens, wide_from)
     if kv_len_B.device.type == "cuda":

@@ -77,9 +77,9 @@ def _multiply(x_RE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, onto_RN: T
         if x_RE.dtype in gpu.TYPES:
             return gpu.multiply_gpu(x_RE, weight_NE, bias_N, onto_RN)
     elif x_RE.is_cpu and x_RE.dtype in TYPES:
-        from headrace.kernels.project_fixed.cpu import multiply_cpu  # numba is loaded where it is used
+        from headrace.kernels.project_fixed import cpu  # numba is loaded where it is used
 
-        return multiply_cpu(x_RE, weight_NE, bias_N, onto_RN)
+        return cpu.multiply_cpu(x_RE, weight_NE, bias_N, onto_RN)
     if onto_RN is None:
         return project_fixed_reference(x_RE, weight_NE, bias_N)
     project_fixed_onto_reference(onto_RN, x_RE, weight_NE, bias_N)

@@ -16,8 +16,6 @@ from torch import Tensor
 from headrace.kernels.cpu_elements import LIKE, apart, narrow, vector, widen
 from headrace.kernels.cpu_runtime import FAST_SUMS, njit_parallel, njit_serial, use_torch_threads
 
-__all__ = ["multiply_cpu"]
-
 BLOCK_N = 64
 """Outputs that a row's sums are held for at once."""
 _SERIAL_BELOW = 65_536
