@@ -28,7 +28,6 @@ _SUITES = [
         "engine/test_fork.py",
         "engine/test_urgency.py",
         "engine/test_swap.py",
-        "engine/test_parity_mode.py",
         "decoding/test_causal.py",
         "decoding/test_chains.py",
         "decoding/test_everything.py",

@@ -35,13 +35,6 @@ PARITY_TYPES = {
 """By device the types for which all kernels of a model have a fixed order of sums."""
 
 
-PARITY_TYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
-"""By device the types for which all kernels of a model have a fixed order of sums."""
-
-
 @dataclass(frozen=True)
 class Parts:
     """The parts of an engine."""
