@@ -21,6 +21,7 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.kernels.attention import gpu, gpu_shape
 from headrace.kernels.attention.benchmark_gpu import MODEL_8B, Geometry, Step, make_step
+from headrace.kernels.gpu_replay import replay_us
 
 WORKS = ((64, 1, 1024), (1, 1, 1024), (8, 1, 8192), (1, 2048, 0), (1, 2048, 6144))
 """Requests, rows of each, slots committed before."""
@@ -57,27 +58,7 @@ def _layers(step: Step, parity: bool) -> Tensor:
 
 def _us(call: Callable[[], object], seconds: float) -> float:
     """Microseconds a layer, captured in a graph and replayed for about `seconds`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay_ms(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    replay_ms(2)
-    count = max(3, int(seconds * 1e3 / max(replay_ms(2) / 2, 1e-3)))
-    return round(replay_ms(count) / count * 1e3 / LAYERS, 1)
+    return round(replay_us(call, seconds) / LAYERS, 1)
 
 
 def main() -> int:

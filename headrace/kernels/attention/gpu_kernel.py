@@ -205,6 +205,28 @@ def _visit(
     return acc, new_top, mass
 
 
+@triton.jit
+def write_tile(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV: tl.constexpr,
+           BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr):  # fmt: skip
+    """The result of the lines of a tile, from their running softmax."""
+    dv = tl.arange(0, BLOCK_DV)
+    if HAS_SINKS:
+        sink = tl.load(sinks_H + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
+        high = tl.where(nothing, 0.0, tl.maximum(top, sink))
+        shrink = tl.exp2(top - high)
+        mass = tl.where(nothing, 1.0, mass * shrink + tl.exp2(sink - high))
+        acc = acc * shrink[:, None]
+        top = tl.where(nothing, float("-inf"), high)
+    result = tl.where(nothing[:, None], 0.0, acc / mass[:, None])
+    tl.store(
+        out_RHD + where[:, None] * DV + dv[None, :],
+        result.to(out_RHD.dtype.element_ty),
+        mask=mine[:, None] & (dv < DV)[None, :],
+    )
+    if HAS_LSE:
+        tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
+
+
 @triton.jit(do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"])
 def attend_tiles(
     out_RHD,
@@ -336,21 +358,8 @@ def attend_tiles(
             mask=(mine & (nothing == 0))[:, None] & (dv < DV)[None, :],
         )
     else:
-        if HAS_SINKS:
-            sink = tl.load(sinks_H + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-            high = tl.where(nothing, 0.0, tl.maximum(top, sink))
-            shrink = tl.exp2(top - high)
-            mass = tl.where(nothing, 1.0, mass * shrink + tl.exp2(sink - high))
-            acc = acc * shrink[:, None]
-            top = tl.where(nothing, float("-inf"), high)
-        result = tl.where(nothing[:, None], 0.0, acc / mass[:, None])
-        tl.store(
-            out_RHD + where[:, None] * DV + dv[None, :],
-            result.to(out_RHD.dtype.element_ty),
-            mask=mine[:, None] & (dv < DV)[None, :],
-        )
-        if HAS_LSE:
-            tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
+        write_tile(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS,
+                   HAS_LSE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads"])

@@ -11,6 +11,7 @@ For rows whose visible slots are one run, [low, end); see `AttentionRows.joined`
 
 from __future__ import annotations
 
+from headrace.kernels.attention.gpu_kernel import write_tile
 from headrace.kernels.gpu_runtime import tl, triton
 
 LINE = tl.constexpr(64)
@@ -23,28 +24,6 @@ def _ask_l2(at):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def _write(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV: tl.constexpr,
-           BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr):  # fmt: skip
-    """The result of the lines of a tile, from their running softmax."""
-    dv = tl.arange(0, BLOCK_DV)
-    if HAS_SINKS:
-        sink = tl.load(sinks_H + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-        high = tl.where(nothing, 0.0, tl.maximum(top, sink))
-        shrink = tl.exp2(top - high)
-        mass = tl.where(nothing, 1.0, mass * shrink + tl.exp2(sink - high))
-        acc = acc * shrink[:, None]
-        top = tl.where(nothing, float("-inf"), high)
-    result = tl.where(nothing[:, None], 0.0, acc / mass[:, None])
-    tl.store(
-        out_RHD + where[:, None] * DV + dv[None, :],
-        result.to(out_RHD.dtype.element_ty),
-        mask=mine[:, None] & (dv < DV)[None, :],
-    )
-    if HAS_LSE:
-        tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
 
 
 @triton.jit
@@ -281,10 +260,12 @@ def attend_few(
     mass = tl.where(nothing, 1.0, mass)
     where = row.to(tl.int64) * heads + head
     if N_SPLITS == 1:
-        _write(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS, HAS_LSE)
+        write_tile(
+            out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS, HAS_LSE
+        )
     else:
         if active == 1:
-            _write(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS,
+            write_tile(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS,
                    HAS_LSE)  # fmt: skip
         else:
             part = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * (BLOCK_M * N_SPLITS)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.errors import ConfigError
+from headrace.kernels.gpu_replay import replay_us
 from headrace.kernels.project.benchmark_gpu import MODELS, Case
 from headrace.kernels.project_fixed.gpu import multiply_gpu
 from headrace.kernels.project_fixed.gpu_shape import FEW_ROWS, Shape, choose_shape
@@ -66,31 +67,6 @@ def make_work(case: Case, rows: int, weights: Sequence[Tensor] | None = None) ->
         # Products that do not grow, so that sums stay numbers over any count of replays.
         weights = [torch.randn(case.outputs, case.inputs, **options).mul_(1e-3) for _ in range(copies)]
     return Work(case, torch.randn(rows, case.inputs, **options), torch.randn(rows, case.outputs, **options), weights)
-
-
-def replay_us(call: Callable[[], object], seconds: float) -> float:
-    """Microseconds of a call, captured in a graph and replayed for about `seconds`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay_ms(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    replay_ms(2)
-    count = max(3, int(seconds * 1e3 / max(replay_ms(2) / 2, 1e-3)))
-    return replay_ms(count) / count * 1e3
 
 
 def benchmark(
