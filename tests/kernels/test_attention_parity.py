@@ -118,6 +118,7 @@ def test_without_parity_bits_differ_on_the_cpu(events: Counter[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("geometry", [(32, 8, 128), (16, 8, 128), (7, 1, 64), (8, 4, 256)])
 @pytest.mark.parametrize(("name", "joined"), [*((name, True) for name in OPTIONS), ("all slots", False)])
+@pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="what a GPU's instructions add up first is known to the GPU only")
 def test_bits_on_the_gpu(
     name: str,

@@ -137,6 +137,7 @@ def test_bits_of_small_products(events: Counter[str]) -> None:
     check_bits(40, 600, torch.float32, (1, 7, 300), events)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="what a GPU's instructions add up first is known to the GPU only")
 @pytest.mark.parametrize("dtype", gpu.TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -144,6 +145,7 @@ def test_bits_on_the_gpu(shape: tuple[int, int], dtype: torch.dtype, events: Cou
     check_bits(*shape, dtype, (*ROWS, 2048), events)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="what a GPU's instructions add up first is known to the GPU only")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 3072)])
