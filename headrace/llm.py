@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -83,6 +85,10 @@ class LLM:
         self.engine = self.front.engine
         self._ids = itertools.count()
         self._busy = threading.Lock()
+        # A full collection would go over all that was imported and made so far, and no step begins meanwhile, for 50 to
+        # 100 ms. Until this object is gone; then what was made with it can be collected.
+        gc.freeze()
+        weakref.finalize(self, gc.unfreeze).atexit = False
 
     def shutdown(self) -> None:
         """End the processes of the other ranks, if there are any; the model cannot be used behind that. A second call

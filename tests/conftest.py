@@ -40,6 +40,22 @@ _SUITES = [
     )
 ]
 """Tests over the tiny model that `make test-gpu` runs on the GPU: with HEADRACE_TEST_DEVICE=cuda they are marked."""
+_SAMPLED = {
+    "test_every_decoder_emits_what_plain_decoding_emits": 4,
+    "test_tokens_equal_plain_decoding": 8,
+    "test_a_coded_cache_is_dense_attention_over_what_it_decodes_to": 12,
+    "test_selected_reads_are_dense_attention_under_a_mask": 8,
+    "test_drafts_across_a_trigger_keep_the_same_slots": 6,
+    "test_every_part_runs_beside_adapters": 8,
+    "test_every_decoder": 6,
+    "test_every_evictor": 4,
+    "test_codec_law_one.py::test_tokens_are_those_of_the_request_alone": 2,
+    "test_selectors.py::test_tokens_are_those_of_the_request_alone": 2,
+    "test_swap.py::test_tokens_are_those_of_the_request_alone": 2,
+    "test_eviction_law_one.py::test_tokens_are_those_of_the_request_alone": 2,
+}
+"""Of these, which cross every part with every other on the CPU, as many run on the GPU, in five minutes with all else:
+the first, the last, and others evenly between."""
 
 
 @pytest.fixture
@@ -57,9 +73,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU the suites are tests of the GPU, and the long ones begin first: several processes share the rest."""
     if os.environ.get("HEADRACE_TEST_DEVICE", "cpu") == "cpu":
         return
-    for item in items:
-        if not item.get_closest_marker("slow") and any(item.path.is_relative_to(suite) for suite in _SUITES):
-            item.add_marker(pytest.mark.gpu)
+    suites = [item for item in items if any(item.path.is_relative_to(suite) for suite in _SUITES)]
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in suites:
+        if not item.get_closest_marker("slow"):
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, group in groups.items():
+        wanted = next((n for end, n in _SAMPLED.items() if name.endswith((f"/{end}", f"::{end}"))), 0)
+        count = min(wanted, len(group)) or len(group)
+        for i in range(count):
+            group[i * (len(group) - 1) // max(count - 1, 1)].add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: _PROPERTY not in getattr(item, "fixturenames", ()))
 
 

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ WORKLOADS = ("start", "decode", "mixed", "prefill", "burst")
 VOCABULARY = 10_000
 """Prompts are made of the lowest token ids, as the peer's were."""
 MIXED_TEMPERATURE = 0.6
+REPEATED_S, REPETITIONS = 1.0, 5
+"""Decoding that takes less is measured again, so many times at most; the median counts."""
 FIRST_TOKEN = "headrace.bench.first_token"
 """The module that a start runs."""
 
@@ -182,6 +185,10 @@ class Rig:
     def __init__(self, path: Path, device: str, **options: Any) -> None:
         self.llm = LLM(str(path), **{**_engine_options(device), **options})
         self.vocab_size = min(VOCABULARY, self.llm.engine.vocab_size)
+        # One run before the timed one is then enough for wide steps, too.
+        for recorder in (self.llm.engine.runner.graphs, self.llm.engine.runner.pieces):
+            if recorder is not None:
+                recorder.recent.meetings = 1
 
     def fixed(self, count: int, prompt: int, outputs: int, seed: int = 1) -> list[Work]:
         """Prompts and outputs of one length."""
@@ -271,14 +278,17 @@ def _decode(rig: Rig, name: str, decode: Decode) -> Figure:
     batch, context, outputs = decode
     # So that the steps of this batch, and of what is left of it towards the end, are recorded before they are timed:
     # the peer records its steps when it starts.
-    rig.seconds(rig.fixed(batch, min(context, SIZES.decodes[0].context), outputs))
+    rig.seconds(rig.fixed(batch, context, outputs))
     with rig.preemptions() as note:
-        first_s = rig.seconds(rig.fixed(batch, context, 1, seed=2))
-        all_s = rig.seconds(rig.fixed(batch, context, outputs, seed=3))
-        if all_s <= first_s:
-            raise RuntimeError(f"{outputs} tokens took no longer than one; the figure would mean nothing")
+        found_s = []
+        while not found_s or (sum(found_s) < REPEATED_S and len(found_s) < REPETITIONS):
+            first_s = rig.seconds(rig.fixed(batch, context, 1, seed=2))
+            all_s = rig.seconds(rig.fixed(batch, context, outputs, seed=3))
+            if all_s <= first_s:
+                raise RuntimeError(f"{outputs} tokens took no longer than one; the figure would mean nothing")
+            found_s.append(all_s - first_s)
         floor_s = decode_floor_s(shape_of(GEOMETRIES[name]), *decode)
-        ours_ms = (all_s - first_s) / (outputs - 1) * 1e3
+        ours_ms = statistics.median(found_s) / (outputs - 1) * 1e3
         return Figure(name, _decode_name(decode), MS, ours_ms, floor_s * 1e3, note())
 
 

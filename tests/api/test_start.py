@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,16 @@ def test_a_gpu_gets_the_same_weights_as_the_cpu(tmp_path: Path) -> None:
     on_gpu = load_model(tmp_path, device="cuda", dtype="float32")
     for (name, a), (_, b) in zip(on_cpu.named_parameters(), on_gpu.named_parameters(), strict=True):
         assert torch.equal(a, b.cpu()), name
+
+
+def test_the_collector_leaves_out_what_was_there_before_the_engine() -> None:
+    """A full collection in the middle of a run would go over all that was imported; afterwards all is as it was."""
+    gc.unfreeze()
+    llm = LLM(device="cpu", num_pages=64)
+    frozen = gc.get_freeze_count()
+    assert frozen > 10_000
+    engine = weakref.ref(llm.engine)
+    del llm
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert engine() is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import DEVICE, VOCAB, alone_of, cut, examples, make_engine, pad, run_all
+from tiny import VOCAB, alone_of, cut, examples, make_engine, pad, run_all
 from torch import Tensor
 
 from headrace.config import EngineConfig
@@ -252,7 +252,6 @@ class Fake:
         return
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="how the CPU replays")
 def test_a_replay_on_the_cpu_has_the_tensors_of_the_first_time() -> None:
     """What is forgotten when a step is recorded must not reach a later one by chance."""
     mine = StepPieces(CPU, 8, 1)

@@ -68,7 +68,7 @@ def test_tokens_are_those_without_graphs_whatever_comes_between_replays(events: 
     runs = []
     for recorded in (False, True):
         engine = Engine(
-            EngineConfig(num_pages=260, page_size=4, max_num_seqs=16, cuda_graphs=recorded, preemption="recompute"),
+            EngineConfig(num_pages=180, page_size=4, max_num_seqs=16, cuda_graphs=recorded, preemption="recompute"),
             model,
             eos_ids=[3],
         )

@@ -30,13 +30,13 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("decoder", ["autoregressive", "ngram"])
 def test_requests_come_and_go_without_waiting(decoder: str, events: Counter[str]) -> None:
     config = EngineConfig(
-        num_pages=2000, page_size=4, max_num_seqs=16, max_num_batched_tokens=600, decoder=decoder, max_model_len=400
+        num_pages=2000, page_size=4, max_num_seqs=16, max_num_batched_tokens=600, decoder=decoder, max_model_len=96
     )
     engine = Engine(config, tiny_model("float32", device="cuda"), eos_ids=[3])
 
     def wave(count: bool) -> None:
         for i in range(40):
-            prompt = [(5 * i * (j + 2) + j) % VOCAB for j in range(3 + 17 * (i % 12))]
+            prompt = [(5 * i * (j + 2) + j) % VOCAB for j in range(3 + 5 * (i % 12))]
             params = SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=4 + 3 * (i % 7), ignore_eos=True)
             engine.add(prompt, params, request_id=str(i))
             engine.step()

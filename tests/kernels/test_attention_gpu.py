@@ -5,6 +5,7 @@ Slots that no row sees and the trash page hold NaN in every case.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_attention import PROFILE, Case, cases, compare, count_events, make_case
 from torch import Tensor
 
@@ -210,16 +212,16 @@ def test_few_rows_are_the_reference(
     cuts = []
     launch = gpu._attend_few
 
-    def watched(work: Any, cut: gpu_shape.Shape, *tiles: Any) -> None:
+    def watched(work: Any, cut: gpu_shape.Stream) -> None:
         cuts.append(cut)
-        launch(work, cut, *tiles)
+        launch(work, cut)
 
     monkeypatch.setattr(gpu, "_attend_few", watched)
     for dtype in (torch.float32, (torch.bfloat16, torch.float16)[i % 2]):
         case = make_case(i, dtype=dtype, **FEW[name])
         check(joined(case), device)
     # Exact float32 has no wider tiles for prompts.
-    assert [cut.n_splits > 1 for cut in cuts] == [splits] * (1 if name == "beside prompts" else 2)
+    assert [cut.most_splits > 1 for cut in cuts] == [splits] * (1 if name == "beside prompts" else 2)
 
 
 def test_few_rows_are_found(device: torch.device) -> None:
@@ -232,12 +234,23 @@ def test_few_rows_are_found(device: torch.device) -> None:
     assert not any(bool(x.any()) for x in plan._arrived.values())
 
 
+def plan_of(case: Case) -> tuple[gpu.GpuPlan, Heads]:
+    """A plan of the case, and its heads."""
+    kv_heads, _, page_size, size = case.k_KPSD.shape
+    heads = Heads(case.q_RHD.shape[1] // kv_heads, kv_heads, size, case.v_KPSD.shape[3], case.q_RHD.itemsize)
+    return gpu.GpuPlan(case.rows, case.page_table_BP, case.kv_len_B, page_size), heads
+
+
 def shape_of(case: Case) -> gpu_shape.Shape:
     """The cut that the GPU form chooses for a case."""
-    kv_heads, _, page_size, size = case.k_KPSD.shape
-    plan = gpu.GpuPlan(case.rows, case.page_table_BP, case.kv_len_B, page_size)
-    group = case.q_RHD.shape[1] // kv_heads
-    return plan.shape(Heads(group, kv_heads, size, case.v_KPSD.shape[3], case.q_RHD.itemsize))
+    plan, heads = plan_of(case)
+    return plan.shape(heads)
+
+
+def most_splits(case: Case) -> int:
+    """Of a tile of the case, whose rows are joined."""
+    plan, heads = plan_of(case)
+    return int(plan.items(plan.stream(heads), case.options["window"])[0][:, 7].max())
 
 
 @pytest.mark.usefixtures("many_splits")
@@ -265,13 +278,13 @@ def test_few_rows_with_random_tables_are_the_reference(events: Counter[str], dev
     names = "windows,softcap,sinks,empty rows,ghost rows,values of another size,whole blocks,splits,few rows,prompts"
     events.update(dict.fromkeys([*names.split(","), *map(str, TOLERANCE)], 0))
 
-    @settings(PROFILE, max_examples=24)
+    @settings(PROFILE, max_examples=40)
     @given(case=cases(dtypes=tuple(TOLERANCE), largest=80, kinds=("causal", "causal", "block", "empty")))
     def check_one(case: Case) -> None:
         check(joined(case), device)
         count_events(events, case, 0)
         events["whole blocks"] += int(case.kv_len_B.max()) >= 16
-        events["splits"] += shape_of(case).n_splits > 1
+        events["splits"] += most_splits(joined(case)) > 1
         events["few rows" if joined(case).rows.few else "prompts"] += 1
 
     check_one()
@@ -514,7 +527,7 @@ def test_tiles_hold_every_row_once(device: torch.device) -> None:
         shape = plan.shape(Heads(4, 1, 16, 16, 4))
         assert shape.tile_rows == 4
         held = []
-        for req, row0, end, *_ in plan.tiles(shape, 0)[0].tolist():
+        for req, row0, end, *_ in plan.tiles(shape, 0).tolist():
             assert end - row0 <= shape.tile_rows
             held += [(row, req) for row in range(row0, end)]
         owners = [req if req < n_reqs else -1 for req in owner_R.tolist()]
@@ -550,7 +563,146 @@ def test_cuts_of_a_model_of_8b() -> None:
     prompt = choose_shape(8192, 1, 2**15, heads, H100)
     assert (prompt.block_m, prompt.block_n, prompt.n_splits, prompt.n_warps) == (128, 64, 1, 8)
     streams = [gpu_shape.choose_stream(n, n, 2**14, heads, H100) for n in (1, 8, 32, 64)]
-    assert [(s.block_n, s.n_splits, s.n_stages) for s in streams] == [(64, 32, 4), (64, 4, 4), (64, 1, 4), (32, 1, 4)]
+    assert [(s.block_n, s.n_stages, s.room, s.tries, s.most_splits) for s in streams] == [
+        (64, 4, 33, 1, 128),
+        (64, 4, 33, 1, 128),
+        (64, 4, 33, 4, 128),
+        (32, 4, 66, 4, 128),
+    ]
+    # At most a tile for each request, one more, and what is split in front of them.
+    assert [s.n_items for s in streams] == [2 + 33, 2 + 8 + 1 + 33, 8 + 32 + 1 + 4 * 33, 16 + 64 + 1 + 4 * 66]
+
+
+def listed(
+    counts: list[int], lens: list[int], cut: gpu_shape.Stream, device: torch.device, window: int = 0, behind: int = 0
+) -> list[list[int]]:
+    """Items of requests with so many rows behind so many slots, and of rows behind the last request."""
+    n_reqs, n_rows = len(counts), sum(counts)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    owner_R = torch.arange(n_reqs).repeat_interleave(torch.tensor(counts))
+    first = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    own_R = torch.arange(n_rows) - torch.tensor(first)[owner_R]
+    padding = [0] * behind
+    rows = AttentionRows(
+        torch.tensor([*owner_R.tolist(), *[n_reqs] * behind], **ints),
+        torch.tensor([*(torch.tensor(lens)[owner_R] + own_R).tolist(), *padding], **ints),
+        torch.zeros(n_rows + behind, **ints),
+        torch.zeros(n_rows + behind, **ints),
+        torch.tensor([*(own_R + 1).tolist(), *padding], **ints),
+        torch.tensor(first, **ints),
+        torch.arange(n_reqs, **ints),
+        joined=True,
+    )
+    table_BP = torch.zeros(n_reqs + 1, -(-max(c + n for c, n in zip(counts, lens, strict=True)) // 16), **ints)
+    plan = gpu.GpuPlan(rows, table_BP, torch.tensor([*lens, 0], **ints), 16)
+    return plan.items(cut, window)[0].tolist()
+
+
+CUT = gpu_shape.Stream(
+    tile_rows=4,
+    block_m=16,
+    block_n=16,
+    n_items=32,
+    n_parts=32,
+    room=6,
+    tries=1,
+    least=2,
+    splits=0,
+    most_splits=32,
+    least_rows=0,
+    most_rows=0,
+    n_warps=4,
+    n_stages=2,
+)
+
+
+@settings(PROFILE, max_examples=14)
+@given(data=st.data())
+def check_items(data: st.DataObject, device: torch.device, events: Counter[str]) -> None:
+    """Every row and every block of its tile are in one item, items are not longer than the step asks for, the largest
+    come first."""
+    requests = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 900)), min_size=1, max_size=5))
+    behind, window = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([0, 0, 50]))
+    cut = CUT._replace(
+        room=data.draw(st.sampled_from([1, 6])),
+        tries=data.draw(st.sampled_from([1, 2])),
+        least_rows=data.draw(st.sampled_from([0, 0, 3])),
+        most_rows=data.draw(st.sampled_from([0, 4])),
+        splits=data.draw(st.sampled_from([0, 0, 2])),
+    )
+    if sum(count for count, _ in requests) == 0:
+        return
+    items = listed([r[0] for r in requests], [r[1] for r in requests], cut, device, window, behind)
+    counts = dict(enumerate(r[0] for r in requests)) | {-1: behind}
+    tiles = Counter[tuple[int, ...]]()
+    sizes, is_small, is_over = [], [], False
+    parts = set()
+    for req, row0, end, _, begin, stop, split, active, part in items:
+        assert not (is_over and end > row0)  # empty ones are the last
+        is_over = end <= row0
+        if is_over:
+            continue
+        assert end - row0 <= cut.tile_rows
+        assert 0 <= split < active <= cut.most_splits
+        assert active == cut.splits or not cut.splits
+        tiles[req, row0, end, begin, stop, active] += 1
+        sizes.append(-(-(stop - begin) // active))
+        is_small.append(active == cut.most_splits)
+        events["split"] += active > 1
+        if active > 1:
+            assert part + active <= (cut.n_items if cut.splits else 2 * cut.room * cut.tries)
+            assert part + split not in parts  # a result of its own
+            parts.add(part + split)
+    assert all(count == tile[-1] for tile, count in tiles.items())
+    held = sorted((row, req) for req, row0, end, *_ in tiles for row in range(row0, end))
+    owners = [i for i, (count, _) in enumerate(requests) for _ in range(count)] + [-1] * behind
+    wanted = [
+        (row, owner)
+        for row, owner in enumerate(owners)
+        if (not cut.most_rows or (owner >= 0 and counts[owner] <= cut.most_rows))
+        and (owner < 0 or counts[owner] >= cut.least_rows)
+    ]
+    assert held == wanted
+    events["rows left to another pass"] += len(held) < len(owners)
+    events["rows behind the last request"] += -1 in [tile[0] for tile in tiles]
+    if cut.splits or not tiles:
+        return
+    total = sum(stop - begin for _, _, _, begin, stop, _ in tiles)
+    # Blocks are counted for whole requests: a tile may see less than its request, with a block at either end.
+    rows = [rows for rows, _ in requests]
+    asked = max(-(-(total + len(tiles) * (2 + max(rows) // 16)) // cut.room), cut.least)  # more tries, smaller items
+    assert all(size <= asked + 1 or small for size, small in zip(sizes, is_small, strict=True))
+    assert len(sizes) <= len(tiles) + cut.room * cut.tries
+    # A class of sizes is an eighth of the largest.
+    step = max(sizes) // 8 + 3
+    assert all(b <= a + step for a, b in itertools.pairwise(sizes))
+
+
+def test_items_hold_every_row_and_block_once(events: Counter[str], device: torch.device) -> None:
+    events.update(dict.fromkeys(["split", "rows left to another pass", "rows behind the last request"], 0))
+    check_items(device=device, events=events)
+
+
+def test_one_long_request_among_short_ones(device: torch.device) -> None:
+    """It is split as if it were alone, and they are not split; it comes first."""
+    items = listed([1] * 12, [64] * 5 + [64 * 16 * 2] + [64] * 6, CUT, device)
+    # 11 requests of 5 blocks and one of 129, on 6 programs: 31 each.
+    assert [item[6] for item in items[:5]] == list(range(5))
+    assert {(item[0], item[7]) for item in items[:5]} == {(5, 5)}
+    assert [item[7] for item in items[5:16]] == [1] * 11
+    assert sorted(item[0] for item in items[5:16]) == [i for i in range(12) if i != 5]
+
+
+def test_a_round_that_is_not_full_is_split(device: torch.device) -> None:
+    """7 equal requests where 6 run at once would take as long as 12; as items of half the size they do not."""
+    cuts = CUT._replace(room=6, n_items=31), CUT._replace(room=6, n_items=31, tries=4)
+    once, often = ([item for item in listed([1] * 7, [899] * 7, cut, device) if item[2] > item[1]] for cut in cuts)
+    assert [item[7] for item in once] == [1] * 7
+    assert len({item[7] for item in often}) == 1
+    # 57 blocks each, and 400 in all: 67 on each of 6 programs.
+    blocks = [-(-len(items) // 6) * -(-57 // items[0][7]) for items in (once, often)]
+    assert blocks[0] == 114
+    assert blocks[1] < 90
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -667,8 +819,7 @@ def test_few_rows_beside_prompts(options: dict[str, Any], device: torch.device) 
         **options,
     )
     shape = shape_of(case)
-    max_slots = case.page_table_BP.shape[1] * 4
-    few = gpu_shape.rows_beside_prompts(shape, len(case.rows.reqs_B), max_slots, Heads(2, 2, 16, 16, 2), None)
+    few = gpu_shape.rows_beside_prompts(shape, len(case.rows.reqs_B), Heads(2, 2, 16, 16, 2))
     assert few is not None
     assert (few.tile_rows, shape.tile_rows) == (8, 64)
     check(case, device)

@@ -13,7 +13,7 @@ NAMES = {"_norm", "_rotate", "_silu_mul", "scan", "contest", "finish", "_advance
 NAMES |= {"_place", "_walk", "_gather", "_pack", "_turn"}
 NAMES |= {"multiply_row", "multiply_tile", "multiply_fixed", "multiply_experts"}
 NAMES |= {"_shrink_row", "_expand_row", "_shrink_tile", "_expand_tile"}
-NAMES |= {"list_tiles", "attend_tiles", "attend_few", "merge_splits", "write_rows"}
+NAMES |= {"list_items", "list_tiles", "attend_tiles", "attend_few", "merge_splits", "write_rows"}
 NAMES |= {"int4_row", "int4_tile", "int4_unpack", "fp8_row", "fp8_tile", "fp8_unpack"}
 MOST_SHARED = 227 * 2**10
 """Bytes of shared memory that a program can have on compute capability 9.0."""

@@ -116,7 +116,9 @@ def check_bits(outputs: int, inputs: int, dtype: torch.dtype, rows: tuple[int, .
             project_fixed_onto_(part_RN, x_RE[mine], weight_NE, bias_N)
             assert torch.equal(part_RN, sum_RN[mine])
             theirs_RN = F.linear(x_RE[mine], weight_NE, bias_N)
-            events["rows by the library that differ"] += int((theirs_RN != library_RN[mine]).any(1).sum())
+            # What the library does is shown, and nothing rests on it.
+            if differ := int((theirs_RN != library_RN[mine]).any(1).sum()):
+                events["rows by the library that differ"] += differ
             events["rows"] += count
 
 

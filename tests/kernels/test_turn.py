@@ -24,7 +24,8 @@ pytestmark = gpu_forms.marks
 DEVICE = gpu_forms.DEVICE
 POSITIONS, PAGES, SLOTS = 50, 7, 4
 # A last bit of float32 may decide how the norm and the products are rounded.
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# A launch hands on the epsilon of a norm in 24 bits.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def make(

@@ -303,4 +303,4 @@ def test_narrow_types_lose_no_more_than_without_adapters(dtype: str) -> None:
             run_all(engine)
             scored.append([p[t].logprob for p, t in zip(request.prompt_logprobs[1:], SHARED[0][1:], strict=True) if p])
         loss[kind] = sum(abs(a - b) for a, b in zip(*scored, strict=True)) / len(scored[0])
-    assert 0.0 < loss["all"] < 3.0 * loss[None] < {"float32": 1e-4, "bfloat16": 1.0}[dtype]
+    assert 0.0 < loss["all"] < 4.0 * loss[None] < {"float32": 1e-4, "bfloat16": 1.0}[dtype]

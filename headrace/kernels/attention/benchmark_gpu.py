@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention import FEW_ROWS, AttentionRows, gpu
-from headrace.kernels.attention.gpu_shape import Heads
+from headrace.kernels.attention.gpu_shape import Heads, Shape, Stream
 from headrace.kernels.gpu_replay import replay_us
 
 DECODE = [(b, context) for context in (1024, 4096, 32768) for b in (1, 8, 64)]
@@ -117,6 +117,11 @@ def benchmark(
     return [_measure(name, case, geometry, seconds) for name, case in work]
 
 
+def _listed(plan: gpu.GpuPlan, cut: Stream | Shape) -> Tensor:
+    """The list that a step makes once."""
+    return plan.items(cut, 0)[0] if isinstance(cut, Stream) else plan.tiles(cut, 0)
+
+
 def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds: float) -> dict[str, Any]:
     n_reqs, n_rows, committed = case
     heads, kv_heads, size, _, dtype = geometry
@@ -125,7 +130,8 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
     layers = min(MAX_LAYERS, -(-COLD_BYTES // read_bytes))
     step = make_step(n_reqs, n_rows, committed, layers, torch.device("cuda"), geometry)
     plan = step.plan()
-    shape = plan.shape(Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize))
+    kind = Heads(heads // kv_heads, kv_heads, size, size, dtype.itemsize)
+    cut = plan.stream(kind) if plan.is_stream else plan.shape(kind)
 
     def all_layers() -> None:
         for layer in range(layers):
@@ -147,9 +153,8 @@ def _measure(name: str, case: tuple[int, int, int], geometry: Geometry, seconds:
         "tflop_per_s": round(4 * heads * size * visible / us / 1e6, 1),
         "sdpa_us": None,
         "write_us": round(replay_us(write_all_layers, seconds / 3) / layers, 1),
-        "plan_us": round(replay_us(lambda: step.plan().tiles(shape, 0), seconds / 3), 1),
-        "tile": f"{shape.block_m}x{shape.block_n}",
-        "splits": shape.n_splits,
+        "plan_us": round(replay_us(lambda: _listed(step.plan(), cut), seconds / 3), 1),
+        "tile": f"{cut.block_m}x{cut.block_n}",
     }
     if name == "prefill" and not committed:
         q, k, v = in_one_piece(step, n_reqs)

@@ -19,13 +19,16 @@ from headrace.kernels.attention.gpu_shape import (
     Chip,
     Heads,
     Shape,
+    Stream,
     choose_shape,
     choose_stream,
     fixed_shape,
-    least_blocks,
+    fixed_stream,
     padded,
     parts_of_group,
     rows_beside_prompts,
+    stream_beside_prompts,
+    stream_of_prompts,
 )
 from headrace.kernels.attention.pools import pool_strides
 from headrace.kernels.attention.reference import AttentionRows
@@ -38,7 +41,7 @@ _LOG2_E = 1.4426950408889634
 
 
 class GpuPlan:
-    """What all layers of a step share: the tables of the step, and lists of tiles, made when first asked for."""
+    """What all layers of a step share: its tables, and lists of tiles and items, made when first asked for."""
 
     def __init__(
         self,
@@ -48,10 +51,11 @@ class GpuPlan:
         page_size: int,
         chains: Sequence[Chain] = (),
         parity: bool = False,
+        is_rest: bool = False,
     ) -> None:
         reference.check_bits(rows)
         self.rows, self.kv_len_B = rows, kv_len_B
-        self.parity = parity
+        self.parity, self.is_rest = parity, is_rest
         self.squares = [] if parity else find_squares(chains)
         self._paged: GpuPlan | None = None
         self._tables = page_table_BP, page_size
@@ -61,37 +65,94 @@ class GpuPlan:
         # In parity prompts take the way of few rows too.
         self.is_stream = self.is_joined and (parity or rows.few)
         self._tiles: dict[tuple[int, int, int, int, bool], Tensor] = {}
+        self._items: dict[tuple[Stream, int], Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
 
     def paged(self) -> GpuPlan:
-        """The plan of what the squares leave: their rows see the committed slots only."""
+        """The plan of what the squares leave: their rows see the committed slots only.
+
+        A request ends there where its square does, and goes on as another one: so each has rows that see alike.
+        """
         if self._paged is None:
-            c_R = self.rows.c_R.clone()
-            for first, rows, _ in self.squares:
-                c_R[first : first + rows] = self.rows.b_R[first : first + rows]
-            page_table_BP, page_size = self._tables
-            self._paged = GpuPlan(self.rows._replace(c_R=c_R), page_table_BP, self.kv_len_B, page_size)
+            rows, ends = self.rows, [square.first + square.rows for square in self.squares]
+            c_R = rows.c_R.clone()
+            for first, count, _ in self.squares:
+                c_R[first : first + count] = rows.b_R[first : first + count]
+            # A number from the host makes a launch; a tensor of them would make the host wait.
+            row_ptr_B1 = torch.cat([rows.row_ptr_B1, *(rows.row_ptr_B1.new_full((1,), end) for end in ends)]).sort()[0]
+            reqs_B = rows.req_R[row_ptr_B1[:-1].clamp(max=self.n_rows - 1)]
+            rows = rows._replace(c_R=c_R, row_ptr_B1=row_ptr_B1, reqs_B=reqs_B)
+            self._paged = GpuPlan(rows, self._tables[0], self.kv_len_B, self._tables[1], is_rest=True)
         return self._paged
 
     def shape(self, heads: Heads) -> Shape:
         """The cut of the step for heads of one kind; see `gpu_shape`."""
         if self.parity:
-            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip(), self.is_stream)
-        sizes = self.n_rows, self.n_reqs, self.max_slots, heads, self.chip()
+            return fixed_shape(self.n_rows, self.n_reqs, heads, self.chip())
         # Of rows that are joined and not few, those of requests with few rows have a pass of their own.
-        return choose_stream(*sizes) if self.is_stream else choose_shape(*sizes, prompts=self.is_joined)
+        sizes = self.n_rows, self.n_reqs, self.max_slots, heads, self.chip()
+        return choose_shape(*sizes, prompts=self.is_joined)
+
+    def stream(self, heads: Heads) -> Stream:
+        """The cut for the kernel of few rows."""
+        if self.parity:
+            return fixed_stream(self.n_rows, self.n_reqs, heads, self.chip())
+        return choose_stream(self.n_rows, self.n_reqs, self.max_slots, heads, self.chip())
 
     def chip(self) -> Chip:
         """Where the step runs."""
         return Chip(processors(self.kv_len_B.device), shared_bytes(self.kv_len_B.device))
 
-    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> tuple[Tensor, bool]:
-        """The tiles under a window, int32 [T, 8], and whether they stand there since an earlier layer; see
-        `gpu_kernel.list_tiles`."""
-        key = (shape.tile_rows, shape.block_n, window, least_rows, one_each)
-        is_listed = key in self._tiles
+    def items(self, cut: Stream, window: int) -> tuple[Tensor, bool]:
+        """The items under a window, int32 [I, 9], and whether they stand there since an earlier layer; see
+        `gpu_kernel_few.list_items`."""
+        is_listed = (cut, window) in self._items
         if not is_listed:
+            from headrace.kernels.attention.gpu_kernel_few import ITEM_FIELDS, list_items
+
+            rows = self.rows
+            items_I9 = torch.empty((cut.n_items, ITEM_FIELDS), dtype=torch.int32, device=self.kv_len_B.device)
+            list_items[(cut.n_items,)](
+                items_I9,
+                rows.row_ptr_B1,
+                rows.reqs_B,
+                rows.req_R,
+                rows.t_R,
+                rows.a_R,
+                rows.b_R,
+                rows.c_R,
+                self.kv_len_B,
+                self.n_rows,
+                self.n_reqs,
+                self.max_slots,
+                window,
+                cut.room,
+                cut.least,
+                cut.splits,
+                cut.least_rows,
+                cut.most_rows,
+                TILE_ROWS=cut.tile_rows,
+                BLOCK_ROWS=next_power(cut.tile_rows),
+                BLOCK_REQS=self.block_reqs,
+                BLOCK_N=cut.block_n,
+                TRIES=cut.tries,
+                MOST_SPLITS=cut.most_splits,
+                FIXED=cut.splits > 0,
+                num_warps=1 if self.block_reqs < 256 else 4,
+            )
+            self._items[cut, window] = items_I9
+        return self._items[cut, window], is_listed
+
+    @property
+    def block_reqs(self) -> int:
+        """Requests and one more, as a kernel holds them: few sizes, since each is compiled."""
+        return 64 if self.n_reqs < 64 else max(next_power(self.n_reqs + 1), 512)
+
+    def tiles(self, shape: Shape, window: int, least_rows: int = 0, one_each: bool = False) -> Tensor:
+        """The tiles under a window, int32 [T, 8]; see `gpu_kernel.list_tiles`."""
+        key = (shape.tile_rows, shape.block_n, window, least_rows, one_each)
+        if key not in self._tiles:
             from headrace.kernels.attention.gpu_kernel import TILE_FIELDS, list_tiles
 
             rows = self.rows
@@ -111,17 +172,17 @@ class GpuPlan:
                 self.n_reqs,
                 self.max_slots,
                 window,
+                least_rows,
                 TILE_ROWS=shape.tile_rows,
                 BLOCK_ROWS=next_power(shape.tile_rows),
-                BLOCK_REQS=max(next_power(self.n_reqs + 1), 32),
+                BLOCK_REQS=self.block_reqs,
                 BLOCK_N=shape.block_n,
                 HAS_BITS=rows.bits_R is not None,
-                LEAST_ROWS=least_rows,
                 ONE_EACH=one_each,
                 num_warps=1,
             )
             self._tiles[key] = tiles_T8
-        return self._tiles[key], is_listed
+        return self._tiles[key]
 
     def parts(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Room for the results of splits, float32 [..., Dv] and [...]; layers use it one after the other."""
@@ -210,21 +271,29 @@ def attend(
         softcap * _LOG2_E,
         window,
     )
-    shape = plan.shape(kinds)
     if plan.is_stream:
-        _attend_few(work, shape, *plan.tiles(shape, window))
+        _attend_few(work, plan.stream(kinds))
         return out_RHD, lse_RH
-    few = None
+    shape = plan.shape(kinds)
+    few: Stream | Shape | None = None
     if not plan.parity:
-        few = rows_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip() if plan.is_joined else None)
-    _attend_tiles(work, shape, plan.tiles(shape, window, few.tile_rows + 1 if few else 0)[0])
-    if few:
-        # After the others, whose merge of splits goes over all rows.
-        tiles_T8, is_listed = plan.tiles(few, window, one_each=True)
-        if plan.is_joined:
-            _attend_few(work, few, tiles_T8, is_listed)
-        else:
-            _attend_tiles(work, few, tiles_T8)
+        few = (
+            stream_beside_prompts(shape, plan.n_reqs, plan.max_slots, kinds, plan.chip())
+            if plan.is_joined
+            else rows_beside_prompts(shape, plan.n_reqs, kinds)
+        )
+    least_rows = few.tile_rows + 1 if few else 0
+    if plan.is_rest and plan.is_joined:
+        # Little is left of prompts, and none of it may take long.
+        rest = stream_of_prompts(shape, plan.max_slots, kinds, plan.chip())
+        _attend_few(work, rest._replace(least_rows=least_rows))
+    else:
+        _attend_tiles(work, shape, plan.tiles(shape, window, least_rows))
+    # After the others, whose merge of splits goes over all rows.
+    if isinstance(few, Stream):
+        _attend_few(work, few)
+    elif few:
+        _attend_tiles(work, few, plan.tiles(few, window, one_each=True))
     return out_RHD, lse_RH
 
 
@@ -264,7 +333,7 @@ class _Work(NamedTuple):
         strides = q_row, q_head, k_head, v_head, self.page_table_BP.stride(0)
         return self.scale, self.softcap, self.window, *strides, self.plan.max_slots
 
-    def constants(self, cut: Shape) -> dict[str, Any]:
+    def constants(self, cut: Shape | Stream) -> dict[str, Any]:
         """The kernels' constants that follow from the heads and the cut."""
         heads = self.heads
         return {
@@ -342,27 +411,27 @@ def _attend_tiles(work: _Work, cut: Shape, tiles_T8: Tensor) -> None:
         )
 
 
-def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> None:
-    """The rows in a list of tiles, if each sees one run of slots. `is_listed`: by a launch before the last one."""
+def _attend_few(work: _Work, cut: Stream) -> None:
+    """The rows in a list of items, if each sees one run of slots."""
     from headrace.kernels.attention.gpu_kernel_few import attend_few
 
     rows, kv_heads = work.plan.rows, work.heads.kv_heads
+    items_I9, is_listed = work.plan.items(cut, work.window)
     overlap = overlaps(work.out_RHD.device)
-    part_out_TKMND, part_lse_TKMN, arrived_TK = work.out_RHD, work.out_RHD, rows.req_R
-    if cut.n_splits > 1:
-        sizes = cut.n_tiles, kv_heads, cut.block_m, cut.n_splits, work.heads.v_size
-        part_out_TKMND, part_lse_TKMN = work.plan.parts(*sizes)
-        arrived_TK = work.plan.arrived(cut.n_tiles * kv_heads)
-    attend_few[(cut.n_tiles, kv_heads, cut.n_splits)](
+    part_out_PKMD, part_lse_PKM, arrived_PK = work.out_RHD, work.out_RHD, rows.req_R
+    if cut.most_splits > 1:
+        part_out_PKMD, part_lse_PKM = work.plan.parts(cut.n_parts, kv_heads, cut.block_m, work.heads.v_size)
+        arrived_PK = work.plan.arrived(cut.n_parts * kv_heads)
+    attend_few[(cut.n_items * kv_heads,)](
         *work.results,
-        part_out_TKMND,
-        part_lse_TKMN,
-        arrived_TK,
+        part_out_PKMD,
+        part_lse_PKM,
+        arrived_PK,
         work.q_RHD,
         work.k_pool_KPSD,
         work.v_pool_KPSD,
         work.page_table_BP,
-        tiles_T8,
+        items_I9,
         rows.req_R,
         rows.t_R,
         rows.a_R,
@@ -371,16 +440,16 @@ def _attend_few(work: _Work, cut: Shape, tiles_T8: Tensor, is_listed: bool) -> N
         work.sinks,
         *work.numbers,
         work.out_RHD.shape[1],
-        N_SPLITS=cut.n_splits,
-        PART=min(cut.n_splits, JOINED_PARTS),
+        int(is_listed),
+        MOST_SPLITS=cut.most_splits,
+        PART=min(cut.most_splits, JOINED_PARTS),
         LINES=min(next_power(work.heads.group * cut.tile_rows), JOINED_LINES),
-        LEAST=least_blocks(cut),
         STAGES=cut.n_stages,
-        FIXED=work.plan.parity,
+        FIXED=cut.splits > 0,
         # What is inside and in front of a loop is compiled apart, and in parity must not round in two ways.
         enable_fp_fusion=not work.plan.parity,
         OVERLAP=overlap,
-        launch_pdl=overlap and is_listed,
+        launch_pdl=overlap,
         **work.constants(cut),
     )
 

@@ -13,61 +13,17 @@ from __future__ import annotations
 
 from headrace.kernels.gpu_runtime import tl, triton
 
+TABLES = ["row_ptr_B1", "reqs_B", "req_R", "t_R", "a_R", "b_R", "c_R", "bits_R", "kv_len_B"]
+"""Arguments that are parts of larger tensors: no kernel is compiled again for where they begin."""
 TILE_FIELDS = 8
 """Numbers of a tile: request, first row, end of its rows, n, and as blocks of slots: begin, begin and end of those that
 all its live rows see whole, end."""
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_reqs", "max_slots", "window"])
-def list_tiles(
-    tiles_T8,
-    row_ptr_B1,
-    reqs_B,
-    req_R,
-    t_R,
-    a_R,
-    b_R,
-    c_R,
-    bits_R,
-    kv_len_B,
-    n_rows,
-    n_reqs,
-    max_slots,
-    window,
-    TILE_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_REQS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    LEAST_ROWS: tl.constexpr,
-    ONE_EACH: tl.constexpr,
-):
-    """One program a tile. Request i takes the tiles from row_ptr[i] // TILE_ROWS + i on, more than it can need by one.
-
-    Entry `n_reqs` stands for the rows behind the last request: they see nothing. A request with fewer than LEAST_ROWS
-    rows has no tiles. With ONE_EACH tile i is that of request i, and one with more than TILE_ROWS rows has none.
-    """
-    tile = tl.program_id(0)
-    if ONE_EACH:
-        entry = tile
-    else:
-        i = tl.arange(0, BLOCK_REQS)
-        first_B = tl.load(row_ptr_B1 + i, mask=i <= n_reqs, other=0)
-        begun_B = (i <= n_reqs) & (first_B // TILE_ROWS + i <= tile)
-        entry = tl.max(tl.where(begun_B, i, 0), 0)
-    first = tl.load(row_ptr_B1 + entry)
-    is_request = entry < n_reqs
-    end = tl.load(row_ptr_B1 + entry + 1, mask=is_request, other=n_rows)
-    row0 = first
-    left_out = is_request & (end - first < LEAST_ROWS)
-    if ONE_EACH:
-        left_out = end - first > TILE_ROWS
-    else:
-        row0 = first + (tile - first // TILE_ROWS - entry) * TILE_ROWS
-    end = tl.where(left_out, row0, tl.minimum(end, row0 + TILE_ROWS))
-    req = tl.load(reqs_B + entry, mask=is_request, other=-1)
-    n = tl.load(kv_len_B + req, mask=is_request, other=0)
-
+@triton.jit
+def blocks_of_tile(req, row0, end, n, req_R, t_R, a_R, b_R, c_R, bits_R, max_slots, window, BLOCK_ROWS: tl.constexpr,
+           BLOCK_N: tl.constexpr, HAS_BITS: tl.constexpr):  # fmt: skip
+    """The last four numbers of a tile, see `TILE_FIELDS`: of the rows from `row0` on that belong to a request."""
     row = row0 + tl.arange(0, BLOCK_ROWS)
     mine = row < end
     live = mine & (tl.load(req_R + row, mask=mine, other=-2) == req)
@@ -96,6 +52,65 @@ def list_tiles(
     if whole_end <= whole_begin:
         whole_begin = begin
         whole_end = begin
+    return begin, whole_begin, whole_end, stop
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_reqs", "max_slots", "window", "least_rows"],
+    do_not_specialize_on_alignment=TABLES,
+)
+def list_tiles(
+    tiles_T8,
+    row_ptr_B1,
+    reqs_B,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    bits_R,
+    kv_len_B,
+    n_rows,
+    n_reqs,
+    max_slots,
+    window,
+    least_rows,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_REQS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    ONE_EACH: tl.constexpr,
+):
+    """One program a tile. Request i takes the tiles from row_ptr[i] // TILE_ROWS + i on, more than it can need by one.
+
+    Entry `n_reqs` stands for the rows behind the last request: they see nothing. A request with fewer than `least_rows`
+    rows has no tiles. With ONE_EACH tile i is that of request i, and one with more than TILE_ROWS rows has none.
+    """
+    tile = tl.program_id(0)
+    if ONE_EACH:
+        entry = tile
+    else:
+        i = tl.arange(0, BLOCK_REQS)
+        first_B = tl.load(row_ptr_B1 + i, mask=i <= n_reqs, other=0)
+        begun_B = (i <= n_reqs) & (first_B // TILE_ROWS + i <= tile)
+        entry = tl.max(tl.where(begun_B, i, 0), 0)
+    first = tl.load(row_ptr_B1 + entry)
+    is_request = entry < n_reqs
+    end = tl.load(row_ptr_B1 + entry + 1, mask=is_request, other=n_rows)
+    row0 = first
+    left_out = is_request & (end - first < least_rows)
+    if ONE_EACH:
+        left_out = end - first > TILE_ROWS
+    else:
+        row0 = first + (tile - first // TILE_ROWS - entry) * TILE_ROWS
+    end = tl.where(left_out, row0, tl.minimum(end, row0 + TILE_ROWS))
+    req = tl.load(reqs_B + entry, mask=is_request, other=-1)
+    n = tl.load(kv_len_B + req, mask=is_request, other=0)
+
+    begin, whole_begin, whole_end, stop = blocks_of_tile(
+        req, row0, end, n, req_R, t_R, a_R, b_R, c_R, bits_R, max_slots, window, BLOCK_ROWS, BLOCK_N, HAS_BITS
+    )
     at = tiles_T8 + tile * 8
     tl.store(at, req)
     tl.store(at + 1, row0)
@@ -227,7 +242,10 @@ def write_tile(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, m
         tl.store(lse_RH + where, (top + tl.log2(mass)) * 0.6931471805599453, mask=mine)
 
 
-@triton.jit(do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"])
+@triton.jit(
+    do_not_specialize=["n_words", "window", "table_row", "max_slots", "n_splits", "heads"],
+    do_not_specialize_on_alignment=TABLES,
+)
 def attend_tiles(
     out_RHD,
     lse_RH,

@@ -5,17 +5,165 @@ pages of the block after next are looked up while a block is multiplied, blocks 
 alone, so all of them go through one pipeline, and the last split to arrive joins the results of all (Flash-Decoding)
 in the order of the splits: no other launch, and the sum depends on no race.
 
-For rows whose visible slots are one run, [low, end); see `AttentionRows.joined`. Tiles, splits and exponents: see
+What the programs do stands in a list of items, one a tile and split. A step's blocks are dealt out to as many items as
+the chip takes at once, or to a few times as many where they come out more even: a tile with more blocks than that is
+split, so that one long request among short ones holds nothing up, and the largest items come first. The list is made on
+the device, by one launch a step: no length is known outside.
+
+For rows whose visible slots are one run, [low, end); see `AttentionRows.joined`. Tiles and exponents: see
 `gpu_kernel.py`.
 """
 
 from __future__ import annotations
 
-from headrace.kernels.attention.gpu_kernel import write_tile
+from headrace.kernels.attention.gpu_kernel import TABLES, blocks_of_tile, write_tile
 from headrace.kernels.gpu_runtime import tl, triton
+
+ITEM_FIELDS = 9
+"""Numbers of an item: request, first row, end of the tile's rows, n, begin and end as blocks of slots, which of the
+tile's splits it is, how many there are, and where the result of the first one goes until they are joined."""
 
 LINE = tl.constexpr(64)
 """Elements of 16 bits in a line of the L2 cache."""
+KINDS = tl.constexpr(8)
+"""Classes of items by size."""
+BEGIN_BLOCKS = tl.constexpr(2)
+"""What it takes to begin an item, in blocks; and one more to join its result."""
+
+
+@triton.jit
+def _splits(blocks_B, total, pieces, least, MOST_SPLITS: tl.constexpr):
+    """Splits of the tiles of requests, [B], so that there are at most as many `pieces` more than tiles."""
+    wanted = tl.maximum(tl.maximum((total + pieces - 1) // pieces, least), 1)
+    return tl.minimum(tl.maximum((blocks_B + wanted - 1) // wanted, 1), MOST_SPLITS)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_reqs", "max_slots", "window", "room", "least", "splits", "least_rows", "most_rows"],
+    do_not_specialize_on_alignment=TABLES,
+)
+def list_items(
+    items_I9,
+    row_ptr_B1,
+    reqs_B,
+    req_R,
+    t_R,
+    a_R,
+    b_R,
+    c_R,
+    kv_len_B,
+    n_rows,
+    n_reqs,
+    max_slots,
+    window,
+    room,
+    least,
+    splits,
+    least_rows,
+    most_rows,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_REQS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TRIES: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    FIXED: tl.constexpr,
+):
+    """One program an item; those behind the last one are empty. The largest come first.
+
+    A tile has a split for every so many blocks that there are `room` more items than tiles, `least` blocks at least; at
+    most MOST_SPLITS. So many, or up to TRIES times as many, whichever should end first if `room` items run at once.
+    FIXED: `splits` for every tile. Entry `n_reqs` stands for the rows behind the last request, which see nothing.
+    Requests with fewer than `least_rows` have no items; nor, if `most_rows` is no 0, have requests with more rows than
+    that and the rows behind the last one.
+    """
+    item = tl.program_id(0)
+    i = tl.arange(0, BLOCK_REQS)
+    is_request = i < n_reqs
+    first_B = tl.load(row_ptr_B1 + i, mask=i <= n_reqs, other=n_rows)
+    rows_B = tl.load(row_ptr_B1 + i + 1, mask=is_request, other=n_rows) - first_B
+    rows_B = tl.where(is_request & (rows_B < least_rows), 0, rows_B)
+    if most_rows > 0:
+        rows_B = tl.where(is_request & (rows_B <= most_rows), rows_B, 0)
+    tiles_B = (rows_B + TILE_ROWS - 1) // TILE_ROWS
+    asked = is_request & (rows_B > 0)
+    n_B = tl.load(kv_len_B + tl.load(reqs_B + i, mask=asked, other=0), mask=asked, other=0)
+    # As many slots as its last row sees. A tile may see fewer; an item without a block does no harm.
+    last_B = first_B + rows_B - 1
+    b_B = tl.load(b_R + last_B, mask=asked, other=0)
+    c_B = tl.load(c_R + last_B, mask=asked, other=0)
+    slots_B = tl.maximum(n_B + tl.load(a_R + last_B, mask=asked, other=0), tl.where(c_B > b_B, n_B + c_B, 0))
+    slots_B = tl.minimum(slots_B, max_slots)
+    if window > 0:
+        slots_B = tl.minimum(slots_B, window + rows_B)
+    blocks_B = tl.where(asked, (slots_B + BLOCK_N - 1) // BLOCK_N, 0)
+    if FIXED:
+        splits_B = tl.zeros_like(blocks_B) + splits
+    else:
+        total = tl.sum(tiles_B * blocks_B, 0)
+        splits_B = _splits(blocks_B, total, room, least, MOST_SPLITS)
+        if TRIES > 1:
+            chosen = room
+            best = 3.0e38
+            for times in tl.static_range(1, TRIES + 1):
+                tried_B = _splits(blocks_B, total, room * times, least, MOST_SPLITS)
+                size_B = (blocks_B + tried_B - 1) // tried_B
+                count = tl.sum(tl.where(blocks_B > 0, tiles_B * tried_B, 0), 0)
+                joined = tl.sum(tl.where(tried_B > 1, tiles_B * tried_B, 0), 0)
+                smallest = tl.min(tl.where(blocks_B > 0, size_B, max_slots), 0).to(tl.float32)
+                # All take what they read and what it takes to begin, and the last round is not full: of items of all
+                # sizes, the largest first, the smallest come last.
+                rounds = count.to(tl.float32) / room
+                rest = tl.ceil(rounds) - rounds
+                work = (total + BEGIN_BLOCKS * count + joined).to(tl.float32) / room + rest * smallest
+                work = tl.maximum(work, tl.max(size_B, 0).to(tl.float32) + BEGIN_BLOCKS)
+                chosen = tl.where(work < best, room * times, chosen)
+                best = tl.minimum(work, best)
+            splits_B = _splits(blocks_B, total, chosen, least, MOST_SPLITS)
+    items_B = tiles_B * splits_B
+
+    # The class of the item, and the first item of the class.
+    size_B = (blocks_B + splits_B - 1) // splits_B
+    largest = tl.maximum(tl.max(size_B, 0), 1)
+    kind_B = tl.minimum(size_B * KINDS // largest, KINDS - 1)
+    end = 0
+    base = 0
+    kind = 0
+    for down in tl.static_range(KINDS):
+        begun = end
+        end += tl.sum(tl.where(kind_B == KINDS - 1 - down, items_B, 0), 0)
+        is_here = (item >= begun) & (item < end)
+        base = tl.where(is_here, begun, base)
+        kind = tl.where(is_here, KINDS - 1 - down, kind)
+    is_used = item < end
+    mine_B = tl.where(kind_B == kind, items_B, 0)
+    ends_B = base + tl.cumsum(mine_B, 0)
+    entry = tl.minimum(tl.sum((ends_B <= item).to(tl.int32), 0), n_reqs)
+    is_entry = i == entry
+    number = item - tl.sum(tl.where(is_entry, ends_B - mine_B, 0), 0)
+    active = tl.maximum(tl.sum(tl.where(is_entry, splits_B, 0), 0), 1)
+    # Only what is split needs room for results that are no whole ones.
+    parts_B = tl.where(splits_B > 1, items_B, 0)
+    part = tl.sum(tl.where(i < entry, parts_B, 0), 0) + number // active * active
+    row0 = tl.sum(tl.where(is_entry, first_B, 0), 0) + number // active * TILE_ROWS
+    row_end = tl.minimum(tl.sum(tl.where(is_entry, first_B + rows_B, 0), 0), row0 + TILE_ROWS)
+    row0 = tl.where(is_used, row0, 0)
+    row_end = tl.where(is_used, row_end, 0)
+    req = tl.load(reqs_B + entry, mask=entry < n_reqs, other=-1)
+    n = tl.load(kv_len_B + req, mask=entry < n_reqs, other=0)
+    begin, _whole_begin, _whole_end, stop = blocks_of_tile(
+        req, row0, row_end, n, req_R, t_R, a_R, b_R, c_R, req_R, max_slots, window, BLOCK_ROWS, BLOCK_N, False
+    )
+    at = items_I9 + item * 9
+    tl.store(at, req)
+    tl.store(at + 1, row0)
+    tl.store(at + 2, row_end)
+    tl.store(at + 3, n)
+    tl.store(at + 4, begin)
+    tl.store(at + 5, stop)
+    tl.store(at + 6, number % active)
+    tl.store(at + 7, active)
+    tl.store(at + 8, part)
 
 
 @triton.jit
@@ -30,8 +178,9 @@ def _ask_l2(at):
 def _join(
     out_RHD,
     lse_RH,
-    part_out_XND,
-    part_lse_XN,
+    part_out_NXD,
+    part_lse_NX,
+    part_size,
     sinks_H,
     row0,
     n_lines,
@@ -39,7 +188,7 @@ def _join(
     active,
     heads,
     GROUP: tl.constexpr,
-    N_SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     PART: tl.constexpr,
     LINES: tl.constexpr,
     DV: tl.constexpr,
@@ -47,12 +196,12 @@ def _join(
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """Results of the lines of a tile from those of its first `active` splits; partial results are [lines, N_SPLITS].
+    """Results of the lines of a tile from those of its `active` splits, which lie `part_size` lines apart.
 
     LINES lines and PART splits at a time. A split that saw nothing left a log-sum-exp of -inf, and nothing else.
     """
     dv = tl.arange(0, BLOCK_DV)
-    n = tl.arange(0, N_SPLITS)
+    n = tl.arange(0, MOST_SPLITS)
     for line0 in range(0, n_lines, LINES):
         line = line0 + tl.arange(0, LINES)
         is_line = line < n_lines
@@ -60,7 +209,7 @@ def _join(
         head = first_head + line % GROUP
         # Past the L1 cache, which knows nothing of what other processors wrote.
         lse_LN = tl.load(
-            part_lse_XN + line[:, None] * N_SPLITS + n[None, :],
+            part_lse_NX + n[None, :] * part_size + line[:, None],
             mask=is_line[:, None] & (n < active)[None, :],
             other=float("-inf"),
             cache_modifier=".cg",
@@ -79,16 +228,16 @@ def _join(
         acc = tl.zeros([LINES, BLOCK_DV], tl.float32)
         for first in range(0, active, PART):
             p = first + tl.arange(0, PART)
-            at = line[:, None] * N_SPLITS + p[None, :]
+            at = p[None, :].to(tl.int64) * part_size + line[:, None]
             lse = tl.load(
-                part_lse_XN + at,
+                part_lse_NX + at,
                 mask=is_line[:, None] & (p < active)[None, :],
                 other=float("-inf"),
                 cache_modifier=".cg",
             )
             used = lse != float("-inf")
             out = tl.load(
-                part_out_XND + at[:, :, None] * DV + dv[None, None, :],
+                part_out_NXD + at[:, :, None] * DV + dv[None, None, :],
                 mask=(is_line[:, None] & (p < active)[None, :])[:, :, None] & (dv < DV)[None, None, :],
                 other=0.0,
                 cache_modifier=".cg",
@@ -107,18 +256,21 @@ def _join(
             tl.store(lse_RH + where, lse_L, mask=is_line)
 
 
-@triton.jit(do_not_specialize=["window", "table_row", "max_slots", "heads"])
+@triton.jit(
+    do_not_specialize=["window", "table_row", "max_slots", "heads", "is_listed"],
+    do_not_specialize_on_alignment=TABLES,
+)
 def attend_few(
     out_RHD,
     lse_RH,
-    part_out_TKMND,
-    part_lse_TKMN,
-    arrived_TK,
+    part_out_PKMD,
+    part_lse_PKM,
+    arrived_PK,
     q_RHD,
     k_pool_KPSD,
     v_pool_KPSD,
     page_table_BP,
-    tiles_T8,
+    items_I9,
     req_R,
     t_R,
     a_R,
@@ -135,14 +287,14 @@ def attend_few(
     table_row,
     max_slots,
     heads,
+    is_listed,
     GROUP: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    N_SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     PART: tl.constexpr,
     LINES: tl.constexpr,
-    LEAST: tl.constexpr,
     STAGES: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -157,35 +309,37 @@ def attend_few(
     FIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program a tile, key/value head and split; of n active splits, split j visits the blocks begin + j, begin + j
-    + n, ... FIXED: all are active, and j visits the blocks whose number leaves j when divided by n, so that what a row
-    sums in which order follows from no other row of its tile.
+    """One program an item and key/value head; of n splits of a tile, split j visits the blocks begin + j, begin + j +
+    n, ... FIXED: those whose number leaves j when divided by n, so that what a row sums in which order follows from no
+    other row of its tile.
 
-    A tile has an active split for every LEAST blocks, N_SPLITS at most; with one, the result is written at once.
-    `arrived_TK` is zero between launches.
+    A tile that is not split has its result written at once. `arrived_PK` is zero between launches. `is_listed`: 0 if
+    the launch before this one makes the list.
     """
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_heads = heads // GROUP
+    item = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
     # What is read before the wait was written by no launch that this one may overlap with. Every program waits: the
     # launch behind this one relies on it.
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    at = tiles_T8 + tile * 8
+        if is_listed == 0:
+            tl.extra.cuda.gdc_wait()
+    at = items_I9 + item * 9
     row0 = tl.load(at + 1)
     row_end = tl.load(at + 2)
-    begin = tl.load(at + 4)
-    stop = tl.load(at + 7)
-    active = tl.maximum(tl.minimum((stop - begin + LEAST - 1) // LEAST, N_SPLITS), 1)
-    if FIXED:
-        active = tl.maximum(active, N_SPLITS)
-        begin = begin // N_SPLITS * N_SPLITS
-    if (row0 >= row_end) | (split >= active):
+    if row0 >= row_end:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         return
     req = tl.load(at)
     n = tl.load(at + 3)
+    begin = tl.load(at + 4)
+    stop = tl.load(at + 5)
+    split = tl.load(at + 6)
+    active = tl.load(at + 7)
+    if FIXED:
+        begin = begin // active * active
 
     # The first pages are looked up beside the rows: neither lookup waits for the other.
     offset = tl.arange(0, BLOCK_N)
@@ -259,7 +413,7 @@ def attend_few(
     top = tl.where(nothing, float("-inf"), top)
     mass = tl.where(nothing, 1.0, mass)
     where = row.to(tl.int64) * heads + head
-    if N_SPLITS == 1:
+    if MOST_SPLITS == 1:
         write_tile(
             out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS, HAS_LSE
         )
@@ -268,22 +422,21 @@ def attend_few(
             write_tile(out_RHD, lse_RH, sinks_H, acc, top, mass, nothing, where, head, mine, DV, BLOCK_DV, HAS_SINKS,
                    HAS_LSE)  # fmt: skip
         else:
-            part = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * (BLOCK_M * N_SPLITS)
-            at_line = part + m * N_SPLITS + split
-            tl.store(part_lse_TKMN + at_line, top + tl.log2(mass), mask=mine)
+            first = tl.load(at + 8).to(tl.int64) * kv_heads + kv_head
+            at_line = (first + split * kv_heads) * BLOCK_M + m
+            tl.store(part_lse_PKM + at_line, top + tl.log2(mass), mask=mine)
             # Nobody reads a result whose log-sum-exp is -inf.
             tl.store(
-                part_out_TKMND + at_line[:, None] * DV + dv[None, :],
+                part_out_PKMD + at_line[:, None] * DV + dv[None, :],
                 acc / mass[:, None],
                 mask=(mine & (nothing == 0))[:, None] & (dv < DV)[None, :],
             )
             # All threads' results come before the count, which one thread raises, and behind it they are seen by all.
             tl.debug_barrier()
-            arrived = arrived_TK + tile * tl.num_programs(1) + kv_head
-            if tl.atomic_add(arrived, 1, sem="acq_rel") == active - 1:
-                tl.store(arrived, 0)  # as the next launch expects it
+            if tl.atomic_add(arrived_PK + first, 1, sem="acq_rel") == active - 1:
+                tl.store(arrived_PK + first, 0)  # as the next launch expects it
                 _join(
-                    out_RHD, lse_RH, part_out_TKMND + part * DV, part_lse_TKMN + part, sinks_H, row0,
-                    (row_end - row0) * GROUP, kv_head * GROUP, active, heads,
-                    GROUP, N_SPLITS, PART, LINES, DV, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                    out_RHD, lse_RH, part_out_PKMD + first * BLOCK_M * DV, part_lse_PKM + first * BLOCK_M,
+                    kv_heads * BLOCK_M, sinks_H, row0, (row_end - row0) * GROUP, kv_head * GROUP, active, heads,
+                    GROUP, MOST_SPLITS, PART, LINES, DV, BLOCK_DV, HAS_SINKS, HAS_LSE,
                 )  # fmt: skip

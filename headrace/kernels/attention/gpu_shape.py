@@ -12,7 +12,9 @@ from headrace.kernels.attention.reference import FEW_ROWS
 from headrace.kernels.gpu_sizes import next_power
 
 PROGRAMS_A_PROCESSOR = 3
-"""Programs to have ready for each multiprocessor before slots are no longer split."""
+"""Programs to have ready for each multiprocessor before slots are no longer split, if their number is one for all."""
+TRIES = 4
+"""Times the items that run at once, up to which more of them are tried."""
 MIN_SPLIT_SLOTS = 128
 """Slots of the longest possible context that a split is made for."""
 LEAST_SLOTS = 128
@@ -54,6 +56,8 @@ STREAMS = Limits(2**13, 4, 4, 1)
 """Of `gpu_kernel_few.attend_few`, where there are requests enough to fill the chip."""
 WIDE_STREAMS = Limits(2**14, 4, 4, 1)
 """Where there are not."""
+STREAMS_AT_ONCE, WIDE_STREAMS_AT_ONCE, PROMPTS_AT_ONCE = 4, 2, 1
+"""Items that share a multiprocessor: by their shared memory, and fewer by none of their registers."""
 PARITY_STREAM = STREAMS
 """In parity, for any number of requests."""
 
@@ -76,6 +80,35 @@ class Chip(NamedTuple):
     processors: int
     shared_bytes: int
     """Shared memory that one program may take."""
+
+
+class Stream(NamedTuple):
+    """How a step is cut for `gpu_kernel_few.attend_few`, with heads of one kind."""
+
+    tile_rows: int
+    block_m: int
+    block_n: int
+    """These three as in `Shape`."""
+    n_items: int
+    """The most tiles and splits that there can be."""
+    n_parts: int
+    """Of these the most whose results are joined."""
+    room: int
+    """Items that run at once, for one key/value head."""
+    tries: int
+    """Times as many items, up to which blocks are dealt out."""
+    least: int
+    """Blocks that a split is made for."""
+    splits: int
+    """Of every tile, a power of two; 0: as its blocks ask for."""
+    most_splits: int
+    """Of a tile, a power of two."""
+    least_rows: int
+    """Rows of a request, below which it is left to another pass."""
+    most_rows: int
+    """Rows of a request, above which it is left to another pass, as are the rows behind the last one; 0: none is."""
+    n_warps: int
+    n_stages: int
 
 
 class Shape(NamedTuple):
@@ -142,14 +175,14 @@ def choose_shape(
     )
 
 
-def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip, is_stream: bool) -> Shape:
+def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip, limits: Limits = TILES) -> Shape:
     """The cut of a step in which a row's bits may not follow from the other rows.
 
     One form of tile for one row as for thousands: lanes of sums and the kind of matrix instruction are then the same.
     Blocks of slots begin at absolute multiples, and how they are dealt out to splits follows from no length. What is
-    chosen besides, stages, changes no bit. `is_stream`: for the kernel of few rows, which takes all that are joined.
+    chosen besides, stages, changes no bit.
     """
-    usual = choose_shape(n_rows, n_reqs, 1, heads, chip, PARITY_STREAM if is_stream else TILES)
+    usual = choose_shape(n_rows, n_reqs, 1, heads, chip, limits)
     lines = PARITY_LINES if heads.itemsize <= 2 and padded(max(heads.size, heads.v_size)) <= 256 else SMALLEST_DOT
     block_m = max(lines, next_power(heads.group))
     tile_rows = block_m // heads.group
@@ -166,15 +199,53 @@ def fixed_shape(n_rows: int, n_reqs: int, heads: Heads, chip: Chip, is_stream: b
     )
 
 
-def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Shape:
+def fixed_stream(n_rows: int, n_reqs: int, heads: Heads, chip: Chip) -> Stream:
+    """The same for the kernel of few rows, which then takes all rows that are joined."""
+    shape = fixed_shape(n_rows, n_reqs, heads, chip, PARITY_STREAM)
+    items = shape.n_tiles * shape.n_splits
+    stream = _stream(shape, items, 1, 1, 1, shape.n_splits)
+    return stream._replace(n_parts=items, splits=shape.n_splits)
+
+
+def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Stream:
     """The cut for the kernel of few rows a request."""
     fills = min(n_reqs, n_rows) * heads.kv_heads >= chip.processors * 2
-    return choose_shape(n_rows, n_reqs, max_slots, heads, chip, STREAMS if fills else WIDE_STREAMS)
+    limits, at_once = (STREAMS, STREAMS_AT_ONCE) if fills else (WIDE_STREAMS, WIDE_STREAMS_AT_ONCE)
+    shape = choose_shape(n_rows, n_reqs, max_slots, heads, chip, limits)
+    room = max(chip.processors * at_once // heads.kv_heads, 1)
+    return _stream(shape, shape.n_tiles, room, TRIES if 2 * n_reqs > room else 1, LEAST_SLOTS, _most_splits(max_slots))
 
 
-def least_blocks(shape: Shape) -> int:
-    """Blocks of a request that a split of few rows is made for."""
-    return max(LEAST_SLOTS // shape.block_n, 1)
+def stream_of_prompts(shape: Shape, max_slots: int, heads: Heads, chip: Chip) -> Stream:
+    """The cut for the same kernel with the tiles of prompts, where there may be so few that slots have to be split."""
+    room = max(chip.processors * PROMPTS_AT_ONCE // heads.kv_heads, 1)
+    return _stream(shape, shape.n_tiles, room, 2, LEAST_SLOTS, _most_splits(max_slots))
+
+
+def _most_splits(max_slots: int) -> int:
+    most = max(1, min(max_slots // MIN_SPLIT_SLOTS, MAX_SPLITS))
+    return next_power(most + 1) // 2
+
+
+def _stream(shape: Shape, n_tiles: int, room: int, tries: int, least_slots: int, most_splits: int) -> Stream:
+    items = min(n_tiles + room * tries, n_tiles * most_splits)
+    return Stream(
+        tile_rows=shape.tile_rows,
+        block_m=shape.block_m,
+        block_n=shape.block_n,
+        n_items=items,
+        # Of a split tile all items but one are as large as they may be.
+        n_parts=min(items, 2 * room * tries),
+        room=room,
+        tries=tries,
+        least=max(least_slots // shape.block_n, 1),
+        splits=0,
+        most_splits=most_splits,
+        least_rows=0,
+        most_rows=0,
+        n_warps=shape.n_warps,
+        n_stages=shape.n_stages,
+    )
 
 
 def parts_of_group(heads: Heads) -> int:
@@ -186,17 +257,13 @@ def parts_of_group(heads: Heads) -> int:
     return next(n for n in range(1, heads.group + 1) if heads.group % n == 0 and next_power(heads.group // n) <= lines)
 
 
-def rows_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Heads, chip: Chip | None) -> Shape | None:
+def rows_beside_prompts(shape: Shape, n_reqs: int, heads: Heads) -> Shape | None:
     """The cut for requests with few rows in a step that is cut for prompts, one tile each; None: nothing to gain.
 
-    A tile of prompts takes as long for one row as for all of its rows. `chip`: cut for the kernel of few rows there.
+    A tile of prompts takes as long for one row as for all of its rows.
     """
     lines = _lines(1, heads, max(padded(heads.size), padded(heads.v_size)))
-    if shape.block_m <= lines or n_reqs < 2:
-        return None
-    if chip is not None:
-        return choose_stream(n_reqs, n_reqs, max_slots, heads, chip)._replace(n_tiles=n_reqs)
-    if shape.n_splits > 1:
+    if shape.block_m <= lines or n_reqs < 2 or shape.n_splits > 1:
         return None
     return shape._replace(
         tile_rows=lines // heads.group,
@@ -205,6 +272,15 @@ def rows_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Heads,
         n_splits=1,
         n_warps=TILES.n_warps,
     )
+
+
+def stream_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Heads, chip: Chip) -> Stream | None:
+    """The same for the kernel of few rows, where all rows are joined."""
+    stream = choose_stream(n_reqs, n_reqs, max_slots, heads, chip)
+    if shape.block_m <= stream.block_m or n_reqs < 2:
+        return None
+    items = min(n_reqs + stream.room * stream.tries, n_reqs * stream.most_splits)
+    return stream._replace(n_items=items, most_rows=stream.tile_rows)
 
 
 def _lines(rows_a_request: int, heads: Heads, width: int) -> int:

@@ -29,6 +29,10 @@ _LN2_HIGH = tl.constexpr(0.693138123)
 _LN2_LOW = tl.constexpr(9.05800061e-6)
 
 
+TABLES = ["temperature_M", "top_k_M", "top_p_M", "min_p_M", "stream_M2", "t_out_M", "nth_M"]
+"""Arguments of a few bytes a row: no kernel is compiled again for where they begin, which follows from the rows."""
+
+
 @triton.jit
 def log_f32(x):
     """log of normal positive float32, below one unit in the last place (FreeBSD's logf): also right next to 1.
@@ -179,7 +183,7 @@ def top_k_of(row, top_k_M, vocab):
     return tl.where((top_k > 0) & (top_k < vocab), top_k, 0)
 
 
-@triton.jit(do_not_specialize=["nth", "purpose"])
+@triton.jit(do_not_specialize=["nth", "purpose"], do_not_specialize_on_alignment=TABLES)
 def contest(
     logits_MV,
     temperature_M,
@@ -362,7 +366,10 @@ def cut(
     return high, below
 
 
-@triton.jit(do_not_specialize=["nth", "purpose"])
+@triton.jit(
+    do_not_specialize=["nth", "purpose", "rows", "n_groups", "n_chunks"],
+    do_not_specialize_on_alignment=[*TABLES, "id_M", "logp_M"],
+)
 def finish(
     logits_MV,
     raw_MV,
