@@ -324,7 +324,7 @@ def test_the_bundled_model_alone_and_in_a_batch() -> None:
     options: dict[str, Any] = {"device": DEVICE, "dtype": "float32" if DEVICE == "cpu" else "bfloat16", "parity": True}
     llm = LLM(max_model_len=512, max_num_batched_tokens=256, **options)
     prompts = [
-        f"def f{i}(x{', y' * i}):\n    " + "return x\n" * (7 * i % 80) for i in range(7 if DEVICE == "cpu" else 32)
+        f"def f{i}(x{', y' * i}):\n    " + "return x\n" * (7 * i % 50) for i in range(7 if DEVICE == "cpu" else 32)
     ]
     params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=12, logprobs=2) for i in range(len(prompts))]
 

@@ -113,7 +113,14 @@ def test_the_memory_of_a_forward_is_that_of_its_widest_product_and_its_inputs() 
 
 def test_sizes_share_one_arena() -> None:
     """From the narrowest to the widest, which would be the worst order without it."""
-    llm = LLM(device="cuda", dtype="bfloat16", kv_cache_gib=1.0, max_num_batched_tokens=4096, max_num_seqs=8)
+    llm = LLM(
+        device="cuda",
+        dtype="bfloat16",
+        kv_cache_gib=1.0,
+        max_num_batched_tokens=4096,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
+    )
     pieces = llm.engine.runner.pieces
     assert pieces is not None
     assert pieces.pool is not None

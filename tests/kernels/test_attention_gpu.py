@@ -563,14 +563,14 @@ def test_cuts_of_a_model_of_8b() -> None:
     prompt = choose_shape(8192, 1, 2**15, heads, H100)
     assert (prompt.block_m, prompt.block_n, prompt.n_splits, prompt.n_warps) == (128, 64, 1, 8)
     streams = [gpu_shape.choose_stream(n, n, 2**14, heads, H100) for n in (1, 8, 32, 64)]
-    assert [(s.block_n, s.n_stages, s.room, s.tries, s.most_splits) for s in streams] == [
-        (64, 4, 33, 1, 128),
-        (64, 4, 33, 1, 128),
-        (64, 4, 33, 4, 128),
-        (32, 4, 66, 4, 128),
+    assert [(s.block_n, s.n_stages, s.room, s.most_splits) for s in streams] == [
+        (64, 4, 33, 128),
+        (64, 4, 33, 128),
+        (64, 4, 33, 128),
+        (32, 4, 66, 128),
     ]
     # At most a tile for each request, one more, and what is split in front of them.
-    assert [s.n_items for s in streams] == [2 + 33, 2 + 8 + 1 + 33, 8 + 32 + 1 + 4 * 33, 16 + 64 + 1 + 4 * 66]
+    assert [s.n_items for s in streams] == [2 + 33, 2 + 8 + 1 + 33, 8 + 32 + 1 + 33, 16 + 64 + 1 + 66]
 
 
 def listed(
@@ -605,7 +605,6 @@ CUT = gpu_shape.Stream(
     n_items=32,
     n_parts=32,
     room=6,
-    tries=1,
     least=2,
     splits=0,
     most_splits=32,
@@ -625,7 +624,6 @@ def check_items(data: st.DataObject, device: torch.device, events: Counter[str])
     behind, window = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([0, 0, 50]))
     cut = CUT._replace(
         room=data.draw(st.sampled_from([1, 6])),
-        tries=data.draw(st.sampled_from([1, 2])),
         least_rows=data.draw(st.sampled_from([0, 0, 3])),
         most_rows=data.draw(st.sampled_from([0, 4])),
         splits=data.draw(st.sampled_from([0, 0, 2])),
@@ -650,7 +648,7 @@ def check_items(data: st.DataObject, device: torch.device, events: Counter[str])
         is_small.append(active == cut.most_splits)
         events["split"] += active > 1
         if active > 1:
-            assert part + active <= (cut.n_items if cut.splits else 2 * cut.room * cut.tries)
+            assert part + active <= (cut.n_items if cut.splits else cut.room)
             assert part + split not in parts  # a result of its own
             parts.add(part + split)
     assert all(count == tile[-1] for tile, count in tiles.items())
@@ -670,9 +668,9 @@ def check_items(data: st.DataObject, device: torch.device, events: Counter[str])
     total = sum(stop - begin for _, _, _, begin, stop, _ in tiles)
     # Blocks are counted for whole requests: a tile may see less than its request, with a block at either end.
     rows = [rows for rows, _ in requests]
-    asked = max(-(-(total + len(tiles) * (2 + max(rows) // 16)) // cut.room), cut.least)  # more tries, smaller items
-    assert all(size <= asked + 1 or small for size, small in zip(sizes, is_small, strict=True))
-    assert len(sizes) <= len(tiles) + cut.room * cut.tries
+    asked = max(-(-2 * (total + len(tiles) * (2 + max(rows) // 16)) // cut.room), cut.least)
+    assert all(size <= asked + 2 or small for size, small in zip(sizes, is_small, strict=True))
+    assert len(sizes) <= len(tiles) + cut.room
     # A class of sizes is an eighth of the largest.
     step = max(sizes) // 8 + 3
     assert all(b <= a + step for a, b in itertools.pairwise(sizes))
@@ -686,23 +684,18 @@ def test_items_hold_every_row_and_block_once(events: Counter[str], device: torch
 def test_one_long_request_among_short_ones(device: torch.device) -> None:
     """It is split as if it were alone, and they are not split; it comes first."""
     items = listed([1] * 12, [64] * 5 + [64 * 16 * 2] + [64] * 6, CUT, device)
-    # 11 requests of 5 blocks and one of 129, on 6 programs: 31 each.
-    assert [item[6] for item in items[:5]] == list(range(5))
-    assert {(item[0], item[7]) for item in items[:5]} == {(5, 5)}
-    assert [item[7] for item in items[5:16]] == [1] * 11
-    assert sorted(item[0] for item in items[5:16]) == [i for i in range(12) if i != 5]
+    # 11 requests of 5 blocks and one of 129, on 6 programs.
+    assert [item[6] for item in items[:4]] == list(range(4))
+    assert {(item[0], item[7]) for item in items[:4]} == {(5, 4)}
+    assert [item[7] for item in items[4:15]] == [1] * 11
+    assert sorted(item[0] for item in items[4:15]) == [i for i in range(12) if i != 5]
 
 
-def test_a_round_that_is_not_full_is_split(device: torch.device) -> None:
-    """7 equal requests where 6 run at once would take as long as 12; as items of half the size they do not."""
-    cuts = CUT._replace(room=6, n_items=31), CUT._replace(room=6, n_items=31, tries=4)
-    once, often = ([item for item in listed([1] * 7, [899] * 7, cut, device) if item[2] > item[1]] for cut in cuts)
-    assert [item[7] for item in once] == [1] * 7
-    assert len({item[7] for item in often}) == 1
-    # 57 blocks each, and 400 in all: 67 on each of 6 programs.
-    blocks = [-(-len(items) // 6) * -(-57 // items[0][7]) for items in (once, often)]
-    assert blocks[0] == 114
-    assert blocks[1] < 90
+def test_equal_requests_fill_one_round(device: torch.device) -> None:
+    """Each gets as many items as all get, and none has one that would begin a second round."""
+    for count, splits in ((1, 6), (2, 3), (4, 1), (5, 1)):
+        items = [item for item in listed([1] * count, [899] * count, CUT, device) if item[2] > item[1]]
+        assert [item[7] for item in items] == [splits] * (count * splits)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -136,7 +136,6 @@ class GpuPlan:
                 BLOCK_ROWS=next_power(cut.tile_rows),
                 BLOCK_REQS=self.block_reqs,
                 BLOCK_N=cut.block_n,
-                TRIES=cut.tries,
                 MOST_SPLITS=cut.most_splits,
                 FIXED=cut.splits > 0,
                 num_warps=1 if self.block_reqs < 256 else 4,

@@ -5,10 +5,10 @@ pages of the block after next are looked up while a block is multiplied, blocks 
 alone, so all of them go through one pipeline, and the last split to arrive joins the results of all (Flash-Decoding)
 in the order of the splits: no other launch, and the sum depends on no race.
 
-What the programs do stands in a list of items, one a tile and split. A step's blocks are dealt out to as many items as
-the chip takes at once, or to a few times as many where they come out more even: a tile with more blocks than that is
-split, so that one long request among short ones holds nothing up, and the largest items come first. The list is made on
-the device, by one launch a step: no length is known outside.
+What the programs do stands in a list of items, one a tile and split. The items that the chip takes at once are dealt
+out to the tiles by their blocks: a tile that would get several is split among them, so that one long request among
+short ones holds nothing up, and the largest items come first. The list is made on the device, by one launch a step: no
+length is known outside.
 
 For rows whose visible slots are one run, [low, end); see `AttentionRows.joined`. Tiles and exponents: see
 `gpu_kernel.py`.
@@ -27,15 +27,6 @@ LINE = tl.constexpr(64)
 """Elements of 16 bits in a line of the L2 cache."""
 KINDS = tl.constexpr(8)
 """Classes of items by size."""
-BEGIN_BLOCKS = tl.constexpr(2)
-"""What it takes to begin an item, in blocks; and one more to join its result."""
-
-
-@triton.jit
-def _splits(blocks_B, total, pieces, least, MOST_SPLITS: tl.constexpr):
-    """Splits of the tiles of requests, [B], so that there are at most as many `pieces` more than tiles."""
-    wanted = tl.maximum(tl.maximum((total + pieces - 1) // pieces, least), 1)
-    return tl.minimum(tl.maximum((blocks_B + wanted - 1) // wanted, 1), MOST_SPLITS)
 
 
 @triton.jit(
@@ -65,14 +56,12 @@ def list_items(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_REQS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TRIES: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     FIXED: tl.constexpr,
 ):
     """One program an item; those behind the last one are empty. The largest come first.
 
-    A tile has a split for every so many blocks that there are `room` more items than tiles, `least` blocks at least; at
-    most MOST_SPLITS. So many, or up to TRIES times as many, whichever should end first if `room` items run at once.
+    A tile has as many of `room` splits as it has of all blocks, each of `least` blocks at least; at most MOST_SPLITS.
     FIXED: `splits` for every tile. Entry `n_reqs` stands for the rows behind the last request, which see nothing.
     Requests with fewer than `least_rows` have no items; nor, if `most_rows` is no 0, have requests with more rows than
     that and the rows behind the last one.
@@ -100,26 +89,10 @@ def list_items(
     if FIXED:
         splits_B = tl.zeros_like(blocks_B) + splits
     else:
-        total = tl.sum(tiles_B * blocks_B, 0)
-        splits_B = _splits(blocks_B, total, room, least, MOST_SPLITS)
-        if TRIES > 1:
-            chosen = room
-            best = 3.0e38
-            for times in tl.static_range(1, TRIES + 1):
-                tried_B = _splits(blocks_B, total, room * times, least, MOST_SPLITS)
-                size_B = (blocks_B + tried_B - 1) // tried_B
-                count = tl.sum(tl.where(blocks_B > 0, tiles_B * tried_B, 0), 0)
-                joined = tl.sum(tl.where(tried_B > 1, tiles_B * tried_B, 0), 0)
-                smallest = tl.min(tl.where(blocks_B > 0, size_B, max_slots), 0).to(tl.float32)
-                # All take what they read and what it takes to begin, and the last round is not full: of items of all
-                # sizes, the largest first, the smallest come last.
-                rounds = count.to(tl.float32) / room
-                rest = tl.ceil(rounds) - rounds
-                work = (total + BEGIN_BLOCKS * count + joined).to(tl.float32) / room + rest * smallest
-                work = tl.maximum(work, tl.max(size_B, 0).to(tl.float32) + BEGIN_BLOCKS)
-                chosen = tl.where(work < best, room * times, chosen)
-                best = tl.minimum(work, best)
-            splits_B = _splits(blocks_B, total, chosen, least, MOST_SPLITS)
+        # Rounded down: a few more items than run at once would take as long as twice as many.
+        share_B = room * blocks_B // tl.maximum(tl.sum(tiles_B * blocks_B, 0), 1)
+        splits_B = tl.minimum(tl.minimum(share_B, (blocks_B + least - 1) // least), MOST_SPLITS)
+        splits_B = tl.maximum(splits_B, 1)
     items_B = tiles_B * splits_B
 
     # The class of the item, and the first item of the class.

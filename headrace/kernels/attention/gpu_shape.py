@@ -13,8 +13,6 @@ from headrace.kernels.gpu_sizes import next_power
 
 PROGRAMS_A_PROCESSOR = 3
 """Programs to have ready for each multiprocessor before slots are no longer split, if their number is one for all."""
-TRIES = 4
-"""Times the items that run at once, up to which more of them are tried."""
 MIN_SPLIT_SLOTS = 128
 """Slots of the longest possible context that a split is made for."""
 LEAST_SLOTS = 128
@@ -95,8 +93,6 @@ class Stream(NamedTuple):
     """Of these the most whose results are joined."""
     room: int
     """Items that run at once, for one key/value head."""
-    tries: int
-    """Times as many items, up to which blocks are dealt out."""
     least: int
     """Blocks that a split is made for."""
     splits: int
@@ -203,7 +199,7 @@ def fixed_stream(n_rows: int, n_reqs: int, heads: Heads, chip: Chip) -> Stream:
     """The same for the kernel of few rows, which then takes all rows that are joined."""
     shape = fixed_shape(n_rows, n_reqs, heads, chip, PARITY_STREAM)
     items = shape.n_tiles * shape.n_splits
-    stream = _stream(shape, items, 1, 1, 1, shape.n_splits)
+    stream = _stream(shape, items, 1, 1, shape.n_splits)
     return stream._replace(n_parts=items, splits=shape.n_splits)
 
 
@@ -213,13 +209,13 @@ def choose_stream(n_rows: int, n_reqs: int, max_slots: int, heads: Heads, chip: 
     limits, at_once = (STREAMS, STREAMS_AT_ONCE) if fills else (WIDE_STREAMS, WIDE_STREAMS_AT_ONCE)
     shape = choose_shape(n_rows, n_reqs, max_slots, heads, chip, limits)
     room = max(chip.processors * at_once // heads.kv_heads, 1)
-    return _stream(shape, shape.n_tiles, room, TRIES if 2 * n_reqs > room else 1, LEAST_SLOTS, _most_splits(max_slots))
+    return _stream(shape, shape.n_tiles, room, LEAST_SLOTS, _most_splits(max_slots))
 
 
 def stream_of_prompts(shape: Shape, max_slots: int, heads: Heads, chip: Chip) -> Stream:
     """The cut for the same kernel with the tiles of prompts, where there may be so few that slots have to be split."""
     room = max(chip.processors * PROMPTS_AT_ONCE // heads.kv_heads, 1)
-    return _stream(shape, shape.n_tiles, room, 2, LEAST_SLOTS, _most_splits(max_slots))
+    return _stream(shape, shape.n_tiles, room, LEAST_SLOTS, _most_splits(max_slots))
 
 
 def _most_splits(max_slots: int) -> int:
@@ -227,17 +223,15 @@ def _most_splits(max_slots: int) -> int:
     return next_power(most + 1) // 2
 
 
-def _stream(shape: Shape, n_tiles: int, room: int, tries: int, least_slots: int, most_splits: int) -> Stream:
-    items = min(n_tiles + room * tries, n_tiles * most_splits)
+def _stream(shape: Shape, n_tiles: int, room: int, least_slots: int, most_splits: int) -> Stream:
+    items = min(n_tiles + room, n_tiles * most_splits)
     return Stream(
         tile_rows=shape.tile_rows,
         block_m=shape.block_m,
         block_n=shape.block_n,
         n_items=items,
-        # Of a split tile all items but one are as large as they may be.
-        n_parts=min(items, 2 * room * tries),
+        n_parts=min(items, room),
         room=room,
-        tries=tries,
         least=max(least_slots // shape.block_n, 1),
         splits=0,
         most_splits=most_splits,
@@ -279,7 +273,7 @@ def stream_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Head
     stream = choose_stream(n_reqs, n_reqs, max_slots, heads, chip)
     if shape.block_m <= stream.block_m or n_reqs < 2:
         return None
-    items = min(n_reqs + stream.room * stream.tries, n_reqs * stream.most_splits)
+    items = min(n_reqs + stream.room, n_reqs * stream.most_splits)
     return stream._replace(n_items=items, most_rows=stream.tile_rows)
 
 
