@@ -280,7 +280,7 @@ def _decode(rig: Rig, name: str, decode: Decode) -> Figure:
     # the peer records its steps when it starts.
     rig.seconds(rig.fixed(batch, context, outputs))
     with rig.preemptions() as note:
-        found_s = []
+        found_s: list[float] = []
         while not found_s or (sum(found_s) < REPEATED_S and len(found_s) < REPETITIONS):
             first_s = rig.seconds(rig.fixed(batch, context, 1, seed=2))
             all_s = rig.seconds(rig.fixed(batch, context, outputs, seed=3))

@@ -570,7 +570,7 @@ def test_cuts_of_a_model_of_8b() -> None:
         (32, 4, 66, 128),
     ]
     # At most a tile for each request, one more, and what is split in front of them.
-    assert [s.n_items for s in streams] == [2 + 33, 2 + 8 + 1 + 33, 8 + 32 + 1 + 33, 16 + 64 + 1 + 66]
+    assert [s.n_items for s in streams] == [2 + 33, 2 + 8 + 1 + 33, 8 + 32 + 1 + 2 * 33, 16 + 64 + 1 + 2 * 66]
 
 
 def listed(
@@ -602,8 +602,8 @@ CUT = gpu_shape.Stream(
     tile_rows=4,
     block_m=16,
     block_n=16,
-    n_items=32,
-    n_parts=32,
+    n_items=40,
+    n_parts=40,
     room=6,
     least=2,
     splits=0,
@@ -644,11 +644,11 @@ def check_items(data: st.DataObject, device: torch.device, events: Counter[str])
         assert 0 <= split < active <= cut.most_splits
         assert active == cut.splits or not cut.splits
         tiles[req, row0, end, begin, stop, active] += 1
-        sizes.append(-(-(stop - begin) // active))
+        sizes.append(-(-max(stop - begin, 0) // active))
         is_small.append(active == cut.most_splits)
         events["split"] += active > 1
         if active > 1:
-            assert part + active <= (cut.n_items if cut.splits else cut.room)
+            assert part + active <= (cut.n_items if cut.splits else 2 * cut.room)
             assert part + split not in parts  # a result of its own
             parts.add(part + split)
     assert all(count == tile[-1] for tile, count in tiles.items())
@@ -665,12 +665,12 @@ def check_items(data: st.DataObject, device: torch.device, events: Counter[str])
     events["rows behind the last request"] += -1 in [tile[0] for tile in tiles]
     if cut.splits or not tiles:
         return
-    total = sum(stop - begin for _, _, _, begin, stop, _ in tiles)
+    total = sum(max(stop - begin, 0) for _, _, _, begin, stop, _ in tiles)
     # Blocks are counted for whole requests: a tile may see less than its request, with a block at either end.
     rows = [rows for rows, _ in requests]
     asked = max(-(-2 * (total + len(tiles) * (2 + max(rows) // 16)) // cut.room), cut.least)
     assert all(size <= asked + 2 or small for size, small in zip(sizes, is_small, strict=True))
-    assert len(sizes) <= len(tiles) + cut.room
+    assert len(sizes) <= len(tiles) + 2 * cut.room
     # A class of sizes is an eighth of the largest.
     step = max(sizes) // 8 + 3
     assert all(b <= a + step for a, b in itertools.pairwise(sizes))
@@ -682,20 +682,25 @@ def test_items_hold_every_row_and_block_once(events: Counter[str], device: torch
 
 
 def test_one_long_request_among_short_ones(device: torch.device) -> None:
-    """It is split as if it were alone, and they are not split; it comes first."""
+    """It is split by its share of all blocks and comes first; they are not, but for the last ones."""
     items = listed([1] * 12, [64] * 5 + [64 * 16 * 2] + [64] * 6, CUT, device)
     # 11 requests of 5 blocks and one of 129, on 6 programs.
     assert [item[6] for item in items[:4]] == list(range(4))
     assert {(item[0], item[7]) for item in items[:4]} == {(5, 4)}
-    assert [item[7] for item in items[4:15]] == [1] * 11
-    assert sorted(item[0] for item in items[4:15]) == [i for i in range(12) if i != 5]
+    # 8 more fill the second round, and 3 are left for a third one.
+    assert [item[7] for item in items[4:18]] == [1] * 8 + [2] * 6
+    assert sorted({item[0] for item in items[4:18]}) == [i for i in range(12) if i != 5]
 
 
 def test_equal_requests_fill_one_round(device: torch.device) -> None:
-    """Each gets as many items as all get, and none has one that would begin a second round."""
-    for count, splits in ((1, 6), (2, 3), (4, 1), (5, 1)):
+    """Each gets as many items as all get, and none has one that would begin a second round; those that have to are
+    split until they fill it."""
+    for count, splits in ((1, 6), (2, 3), (4, 1), (5, 1), (6, 1), (12, 1)):
         items = [item for item in listed([1] * count, [899] * count, CUT, device) if item[2] > item[1]]
         assert [item[7] for item in items] == [splits] * (count * splits)
+    for count, last, splits in ((7, 1, 6), (8, 2, 3), (10, 4, 1), (13, 1, 6)):
+        items = [item for item in listed([1] * count, [899] * count, CUT, device) if item[2] > item[1]]
+        assert [item[7] for item in items] == [1] * (count - last) + [splits] * (last * splits)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ in the order of the splits: no other launch, and the sum depends on no race.
 
 What the programs do stands in a list of items, one a tile and split. The items that the chip takes at once are dealt
 out to the tiles by their blocks: a tile that would get several is split among them, so that one long request among
-short ones holds nothing up, and the largest items come first. The list is made on the device, by one launch a step: no
-length is known outside.
+short ones holds nothing up. The largest items come first, and what would be left for a last round is split until it
+fills it. The list is made on the device, by one launch a step: no length is known outside.
 
 For rows whose visible slots are one run, [low, end); see `AttentionRows.joined`. Tiles and exponents: see
 `gpu_kernel.py`.
@@ -27,6 +27,32 @@ LINE = tl.constexpr(64)
 """Elements of 16 bits in a line of the L2 cache."""
 KINDS = tl.constexpr(8)
 """Classes of items by size."""
+
+
+@triton.jit
+def _kinds(blocks_B, splits_B):
+    """Classes of the items of requests by size, [B]: an eighth of the largest size each."""
+    size_B = (blocks_B + splits_B - 1) // splits_B
+    return tl.minimum(size_B * KINDS // tl.maximum(tl.max(size_B, 0), 1), KINDS - 1)
+
+
+@triton.jit
+def _share_last_round(splits_B, blocks_B, tiles_B, room, least, MOST_SPLITS: tl.constexpr):
+    """More splits for the tiles behind the last `room` items that run at once, so that they fill a round as well."""
+    items_B = tl.where(blocks_B > 0, tiles_B * splits_B, 0)
+    count = tl.sum(items_B, 0)
+    full = count // room * room
+    more = room // tl.maximum(count - full, 1)
+    kind_B = _kinds(blocks_B, splits_B)
+    before_B = tl.zeros_like(items_B)
+    begun = 0
+    for down in tl.static_range(KINDS):
+        mine_B = tl.where(kind_B == KINDS - 1 - down, items_B, 0)
+        before_B += tl.where(kind_B == KINDS - 1 - down, begun + tl.cumsum(mine_B, 0) - mine_B, 0)
+        begun += tl.sum(mine_B, 0)
+    is_last = (full > 0) & (before_B >= full) & (splits_B == 1)
+    more_B = tl.minimum(tl.minimum((blocks_B + least - 1) // least, more), MOST_SPLITS)
+    return tl.where(is_last, tl.maximum(more_B, 1), splits_B)
 
 
 @triton.jit(
@@ -62,6 +88,7 @@ def list_items(
     """One program an item; those behind the last one are empty. The largest come first.
 
     A tile has as many of `room` splits as it has of all blocks, each of `least` blocks at least; at most MOST_SPLITS.
+    If there are more than `room` items all the same, those that would run in a last round alone share all of it.
     FIXED: `splits` for every tile. Entry `n_reqs` stands for the rows behind the last request, which see nothing.
     Requests with fewer than `least_rows` have no items; nor, if `most_rows` is no 0, have requests with more rows than
     that and the rows behind the last one.
@@ -93,12 +120,11 @@ def list_items(
         share_B = room * blocks_B // tl.maximum(tl.sum(tiles_B * blocks_B, 0), 1)
         splits_B = tl.minimum(tl.minimum(share_B, (blocks_B + least - 1) // least), MOST_SPLITS)
         splits_B = tl.maximum(splits_B, 1)
+        splits_B = _share_last_round(splits_B, blocks_B, tiles_B, room, least, MOST_SPLITS)
     items_B = tiles_B * splits_B
 
     # The class of the item, and the first item of the class.
-    size_B = (blocks_B + splits_B - 1) // splits_B
-    largest = tl.maximum(tl.max(size_B, 0), 1)
-    kind_B = tl.minimum(size_B * KINDS // largest, KINDS - 1)
+    kind_B = _kinds(blocks_B, splits_B)
     end = 0
     base = 0
     kind = 0

@@ -223,14 +223,20 @@ def _most_splits(max_slots: int) -> int:
     return next_power(most + 1) // 2
 
 
+def _most_parts(n_tiles: int, room: int) -> int:
+    """Of `room` splits dealt out once, and once more among the tiles of the last round, if there is more than one."""
+    return room if n_tiles <= room else 2 * room
+
+
 def _stream(shape: Shape, n_tiles: int, room: int, least_slots: int, most_splits: int) -> Stream:
-    items = min(n_tiles + room, n_tiles * most_splits)
+    parts = _most_parts(n_tiles, room)
+    items = min(n_tiles + parts, n_tiles * most_splits)
     return Stream(
         tile_rows=shape.tile_rows,
         block_m=shape.block_m,
         block_n=shape.block_n,
         n_items=items,
-        n_parts=min(items, room),
+        n_parts=min(items, parts),
         room=room,
         least=max(least_slots // shape.block_n, 1),
         splits=0,
@@ -273,8 +279,9 @@ def stream_beside_prompts(shape: Shape, n_reqs: int, max_slots: int, heads: Head
     stream = choose_stream(n_reqs, n_reqs, max_slots, heads, chip)
     if shape.block_m <= stream.block_m or n_reqs < 2:
         return None
-    items = min(n_reqs + stream.room, n_reqs * stream.most_splits)
-    return stream._replace(n_items=items, most_rows=stream.tile_rows)
+    parts = _most_parts(n_reqs, stream.room)
+    items = min(n_reqs + parts, n_reqs * stream.most_splits)
+    return stream._replace(n_items=items, n_parts=min(items, parts), most_rows=stream.tile_rows)
 
 
 def _lines(rows_a_request: int, heads: Heads, width: int) -> int:
