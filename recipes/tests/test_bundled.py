@@ -232,7 +232,8 @@ def test_sampler_covers_each_pass_once() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 16, 16)])
 def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), torch.float32))
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(given, torch.float32))
     assert values.min() > 0.3
     assert values.max() < 1.4
 
