@@ -31,6 +31,10 @@ class RequestError(HeadraceError, ValueError):
     """A request that can never be served: bad parameters, bad tokens, too long. Other requests are undisturbed."""
 
 
+class UnknownModelError(RequestError):
+    """A request names a model that is not served here."""
+
+
 class ToolCallError(HeadraceError):
     """An output holds a tool call that cannot be read, such as one that was cut off."""
 

@@ -46,6 +46,10 @@ class ToolFormat(ABC):
 
     marks: ClassVar[tuple[str, ...]]
     """Texts by which a chat template is known to want this format."""
+    opening: ClassVar[str]
+    """What stands in front of a call: the text before it is for the reader."""
+    closing: ClassVar[str | None] = None
+    """What stands behind a call, and text may follow; None: calls go to the end of the output."""
 
     @abstractmethod
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
@@ -74,6 +78,7 @@ class Hermes(ToolFormat):
     """Calls between a pair of marks, anywhere in the text."""
 
     marks = ("<tool_call>",)
+    opening, closing = "<tool_call>", "</tool_call>"
 
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
         """Marks that are special tokens are drawn as such."""
@@ -89,7 +94,7 @@ class Hermes(ToolFormat):
         if must:
             return _row(tags, "\n", one)
         if opening is None:
-            return _triggered("<tool_call>", tags, one=False)
+            return _triggered("<tool_call>", tags, one=one)
         return _behind_text(_row(tags, "\n", one))
 
     def read(self, text: str) -> list[ToolCall]:
@@ -116,6 +121,7 @@ class Llama3Json(ToolFormat):
     """The output is a call, or it is text."""
 
     marks = ("<|python_tag|>", "Environment: ipython")
+    opening = NAME
 
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
         """A name in front tells a call from text."""
@@ -143,6 +149,7 @@ class Mistral(ToolFormat):
     """A list of calls behind one mark."""
 
     marks = ("[TOOL_CALLS]",)
+    opening = "[TOOL_CALLS]"
 
     def tag(self, functions: Sequence[Function], *, must: bool, one: bool, special: SpecialId) -> dict[str, Any]:
         """The mark is a special token of its tokenizers."""
@@ -184,9 +191,15 @@ def choose_format(name: str | None, template: str) -> ToolFormat:
 
 
 def structural_tag(
-    tool_format: ToolFormat, tools: Sequence[Mapping[str, Any]], choice: ToolChoice, special: SpecialId
+    tool_format: ToolFormat,
+    tools: Sequence[Mapping[str, Any]],
+    choice: ToolChoice,
+    special: SpecialId,
+    *,
+    parallel: bool = True,
 ) -> dict[str, Any]:
-    """The constraint for an answer with these tools, in OpenAI's form. Raises RequestError."""
+    """The constraint for an answer with these tools, in OpenAI's form; `parallel`: several calls may stand in one
+    answer. Raises RequestError."""
     functions = [_function(index, tool) for index, tool in enumerate(tools)]
     names = [function.name for function in functions]
     if not functions:
@@ -194,7 +207,7 @@ def structural_tag(
     if len(set(names)) < len(names):
         raise RequestError(f"tools name {sorted(n for n in names if names.count(n) > 1)[0]!r} twice: rename one")
     must = choice != "auto"
-    one = not isinstance(choice, str)
+    one = not isinstance(choice, str) or not parallel
     if isinstance(choice, str):
         if choice not in ("auto", "required"):
             raise RequestError(
