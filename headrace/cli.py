@@ -1,4 +1,4 @@
-"""The command line: generate, chat, quantize, bench. Thin; each command is a module below."""
+"""The command line: generate, chat, serve, quantize, bench. Thin; each command is a module below."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from headrace.errors import HeadraceError, OutputError
 COMMANDS = {
     "generate": ("headrace.commands.generate", "complete the prompts of a JSONL file or of the command line"),
     "chat": ("headrace.commands.chat", "talk to a model on the terminal"),
+    "serve": ("headrace.commands.serve", "serve a model over OpenAI's HTTP API"),
     "quantize": ("headrace.commands.quantize", "write a checkpoint again with 8-bit or 4-bit weights"),
     "bench": ("headrace.bench.command", "measure, and compare with peers in the same run"),
 }

@@ -221,6 +221,10 @@ class TextFront:
             stream.close()
         return stream.text
 
+    def text_of(self, request: Request) -> str:
+        """The text of the request as far as it is certain: what may become a stop string is not in it."""
+        return self._text(request)
+
     def forget(self, samples: Sequence[Request]) -> None:
         """Nobody will ask for the text of these requests again."""
         for request in samples:

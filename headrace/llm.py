@@ -59,19 +59,23 @@ class LLM:
         other processes are started; if one of them fails, or Ctrl-C interrupts a call, all end, and what follows is
         EngineDeadError.
 
+    stages: is told which stage of the start begins.
+
     Raises ConfigError for options that cannot work, CheckpointError for broken files.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, model: str | Path | None = None, *, stages: Stages | None = None, **options: Any) -> None:
         if model is None and options.get("draft_model") is None and "draft_model" in str(options.get("decoder")):
             options = {**options, "draft_model": str(BUNDLED_DRAFT)}  # the bundled model brings its drafter
         self.config = EngineConfig(model=cast("str | None", model), **options)
-        stages = Stages(self.config.progress)
+        stages = Stages(self.config.progress) if stages is None else stages
         with stages.stage("device"):
             device = choose_device(self.config.device)
         weights = self.config.load_format != "random"
         path = resolve_model(self.config.model or BUNDLED_MODEL, self.config.revision, weights=weights)
         read_config(path)  # a directory that is no checkpoint is said before anything else is missed
+        self.path = path
+        """Directory of the checkpoint."""
         settings = Settings(self.config, path, device)
         self.tokenizer = load_tokenizer(settings, stages)
         self._ranks = gather(settings)
