@@ -22,6 +22,8 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._begun = False
+        self._n_whole = 0
+        """Requests that have arrived whole."""
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -38,12 +40,12 @@ class Protocol(HttpToolsProtocol):
         """Count the head while it is not whole."""
         if self.parser is None or self.transport.is_closing():
             return
-        begun = self._begun
+        begun, n_whole = self._begun, self._n_whole
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if not self._in_head:
-            self._forget_clock()
+        if not self._in_head or (self._n_whole > n_whole and not self._begun):
+            self._forget_clock()  # the body has a clock of its own, and so has an idle connection
             return
         if begun and self._begun:
             self._head_bytes += len(data)
@@ -70,6 +72,7 @@ class Protocol(HttpToolsProtocol):
         """The body is whole; what comes next is a head."""
         super().on_message_complete()
         self._in_head, self._begun = True, False
+        self._n_whole += 1
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
