@@ -19,6 +19,7 @@ from headrace.errors import ConfigError, EngineDeadError, RequestError
 from headrace.outputs import RequestOutput
 from headrace.params import SamplingParams
 from headrace.serve.metrics import Collector, Metrics
+from headrace.serve.pace import Pace
 from headrace.serve.settings import ServeConfig
 from headrace.serve.tracing import Tracer
 from headrace.text.chat import ChatTemplates
@@ -58,8 +59,7 @@ class Service:
         self.tracer = Tracer(settings.otel_endpoint) if tracer is None else tracer
         self.draining = False
         self.flights: dict[str, list[Flight]] = {}
-        self.n_streams = 0
-        """Streams that are being sent: the pace is shared among them."""
+        self.pace = Pace(settings.stream_chunks_per_s)
         self._collector = Collector(self.metrics, self.numbers)
         self._ends_s: deque[float] = deque(maxlen=RATE_WINDOW)
         self._template = _read_template(settings.chat_template)
@@ -174,11 +174,6 @@ class Service:
     def n_in_flight(self) -> int:
         """HTTP requests that wait for the engine or send its tokens."""
         return sum(map(len, self.flights.values()))
-
-    def pace_s(self) -> float:
-        """Seconds from one chunk of a stream to the next at least."""
-        rate = self.settings.stream_chunks_per_s
-        return self.n_streams / rate if rate else 0.0
 
     def saw_output(self, output: RequestOutput, began_s: float, *, streamed: bool) -> None:
         """Count a finished request."""

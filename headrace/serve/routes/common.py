@@ -153,7 +153,7 @@ class StreamAnswer(Response):
 
         flight.cut = cut
         listener = asyncio.ensure_future(listen())
-        self._service.n_streams += 1
+        self._service.pace.n_streams += 1
         error: BaseException | None = None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -174,7 +174,7 @@ class StreamAnswer(Response):
             error = failed
             raise
         finally:
-            self._service.n_streams -= 1
+            self._service.pace.n_streams -= 1
             flight.sending_since_s = flight.cut = None
             listener.cancel()
             try:
@@ -201,9 +201,7 @@ async def pieces(service: Service, generation: Generation) -> AsyncGenerator[Any
         yield update
         if update.finished:
             return
-        pause_s = service.pace_s() - (time.monotonic() - now_s)
-        if pause_s > 0:
-            await asyncio.sleep(pause_s)
+        await service.pace.pause()
 
 
 def sse(value: Any) -> bytes:

@@ -63,7 +63,7 @@ def statistics(service: Service) -> dict[str, Any]:
         "stage": engine.stage,
         "uptime_s": round(time.monotonic() - service.metrics.began_s, 3),
         "in_flight": service.n_in_flight,
-        "streams": service.n_streams,
+        "streams": service.pace.n_streams,
         "max_queue": service.settings.max_queue,
         "prefix_hit_rate": numbers.get("prefix_hits", 0) / lookups if lookups else 0.0,
         "disconnects": service.metrics.disconnects,
