@@ -26,6 +26,7 @@ from headrace.params import SamplingParams
 from headrace.parts import REGISTRIES
 from headrace.quantization import FORMS
 from headrace.ranks import ONE, Ranks
+from headrace.serve.settings import ServeConfig
 from headrace.text.tools import TOOL_FORMATS
 from tools.bad_input import Bench, rows
 
@@ -165,9 +166,13 @@ def _refusal(given: dict[str, Any], directory: str, model: CausalLM, ranks: Rank
 
 
 def options_page() -> str:
-    """docs/options.md: every engine option and sampling parameter."""
+    """docs/options.md: every engine option, sampling parameter and option of the server."""
     lines = ["# Options", "", "Generated from the dataclasses that hold them, by `make docs`.", ""]
-    for title, kind in (("Engine: `LLM(...)`", EngineConfig), ("Request: `SamplingParams(...)`", SamplingParams)):
+    for title, kind in (
+        ("Engine: `LLM(...)`", EngineConfig),
+        ("Request: `SamplingParams(...)`", SamplingParams),
+        ("Server: `headrace serve`, with `--` and dashes", ServeConfig),
+    ):
         lines += [f"## {title}", "", "| option | default | meaning |", "| --- | --- | --- |"]
         for spec in dataclasses.fields(kind):
             choices = spec.metadata["choices"]
