@@ -296,8 +296,10 @@ class _Loop:
                 value = list(self._engine.adapters.loaded)
             elif item.what == "forget_prefixes":
                 self._engine.forget_prefixes()
-            elif item.what == "check" and not self._engine.has_work:
-                self._engine.check_idle()
+            elif item.what == "check":
+                value = self._steps
+                if not self._engine.has_work:
+                    self._engine.check_idle()
         except HeadraceError as error:
             failure = Failure.of(error)
         self._wire.send(Answer(item.key, value, failure))

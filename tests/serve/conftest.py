@@ -19,7 +19,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """With a chat template that reads tools, and short patience for slow senders."""
     template: Path = tmp_path_factory.mktemp("serve") / "chat.jinja"
     template.write_text(TEMPLATE)
-    with serve("--chat-template", str(template), "--body-timeout-s", "1.0", "--max-body-mib", "1") as live:
+    with serve("--chat-template", str(template), "--body-timeout-s", "0.6", "--max-body-mib", "1") as live:
         yield live
 
 

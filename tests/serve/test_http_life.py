@@ -308,7 +308,7 @@ def test_a_drain_lets_the_last_ones_end() -> None:
         begun = threading.Event()
 
         def read() -> None:
-            asked: dict[str, Any] = {"prompt": "def d():\n", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+            asked: dict[str, Any] = {"prompt": "def d():\n", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
             for chunk in client.completions.create(model=MODEL, stream=True, **asked):
                 texts.append(chunk.choices[0].text)
                 reasons.append(chunk.choices[0].finish_reason)
@@ -318,7 +318,7 @@ def test_a_drain_lets_the_last_ones_end() -> None:
         reader.start()
         assert begun.wait(PATIENCE_S)
         live.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.2)
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model=MODEL, prompt="a")
         assert caught.value.status_code == 503

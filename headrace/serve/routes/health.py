@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from headrace.errors import EngineDeadError
+from headrace.errors import HeadraceError
 from headrace.serve.service import Service, plain
 
 
@@ -23,9 +23,8 @@ def router(service: Service) -> APIRouter:
         engine = service.engine
         try:
             seconds = await engine.check(service.settings.health_timeout_s)
-        except (EngineDeadError, TimeoutError) as error:
-            reason = str(error) or f"the engine did not answer within {service.settings.health_timeout_s:g} s"
-            told = {"status": engine.state.name.lower(), "reason": reason}
+        except HeadraceError as error:
+            told = {"status": engine.state.name.lower(), "reason": str(error)}
             return JSONResponse(told, 503, {"retry-after": "1"})
         return JSONResponse({"status": "ok", "engine_s": round(seconds, 6)})
 
