@@ -174,6 +174,28 @@ def test_a_slow_reader_holds_nobody(server: Live) -> None:
     assert b'"finish_reason":"length"' in data
 
 
+def test_who_never_reads_is_cut() -> None:
+    """Its tokens fill the buffers; then it has half a second."""
+    asked = json.dumps({**LONG, "stream": True, "n": 24, "logprobs": 50, "max_tokens": 600}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(asked)}\r\n"
+
+    async def play_it(live: Live) -> None:
+        async with aiohttp.ClientSession(live.url) as http:
+            with socket.socket() as stuck:
+                stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                stuck.connect((live.host, live.port))
+                stuck.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + asked)
+                await wait_until(http, lambda found: found["engine"]["running"] > 0)
+                found = await wait_until(http, idle)
+                assert found["engine"]["aborts"] > 0
+                assert found["engine"]["leaked"] == 0
+            async with http.get("/metrics") as answer:
+                assert 'headrace:stalls_total{model_name="headrace-py-16m"} 1.0' in await answer.text()
+
+    with serve("--stall-timeout-s", "0.5") as live:
+        play(play_it(live))
+
+
 def test_abort_by_id(server: Live) -> None:
     async def play_it() -> None:
         async with aiohttp.ClientSession(server.url) as http:
