@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from headrace.serve.settings import ServeConfig
 log = logging.getLogger("headrace.serve")
 
 BACKLOG = 2048
+MOST_FILES = 65536
 LAST_WORDS_S = 2.0
 """Time for answers that are made but not yet sent, once the engine has ended its requests."""
 
@@ -44,6 +46,7 @@ def run(settings: ServeConfig, config: EngineConfig, *, say: Callable[[str], Non
     `say` is given the line with the address as soon as requests are served. Raises ConfigError for an address that
     cannot be had, and whatever keeps the engine from starting.
     """
+    _allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(settings, config, say))
 
@@ -128,6 +131,15 @@ class _Signals:
         if self.first.is_set():
             self.second.set()
         self.first.set()
+
+
+def _allow_connections() -> None:
+    """Each connection is an open file, and many systems allow 1,024 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(settings: ServeConfig) -> socket.socket:

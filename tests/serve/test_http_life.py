@@ -244,6 +244,8 @@ def test_native_routes(server: Live, offline: LLM) -> None:
             assert body["total"] == pytest.approx(score.total, abs=1e-3)
             async with http.post("/tokenize", json={"prompt": "def fib(n):"}) as answer:
                 assert (await answer.json())["tokens"] == ids
+            async with http.post("/tokenize", json={"prompt": "a", "model": "other"}) as answer:
+                assert answer.status == 404
             async with http.post("/detokenize", json={"tokens": ids}) as answer:
                 assert (await answer.json())["prompt"] == "def fib(n):"
 

@@ -145,6 +145,36 @@ def test_nothing_is_imported_for_spans_that_are_off() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).resolve().parents[2])
 
 
+def test_a_missing_library_is_named() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; from headrace.cli import main; sys.exit(main(['serve']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "headrace: headrace serve needs uvicorn: pip install 'headrace[serve]'"
+
+
+def test_a_signal_while_it_loads() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headrace.cli", "serve", "--port", "0", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert process.stderr is not None
+    assert "loading" in process.stderr.readline()
+    process.terminate()
+    assert process.wait(30) == 0
+    out, errors = process.communicate()
+    assert not out
+    assert "Traceback" not in errors
+
+
 def test_the_command_refuses_in_a_sentence() -> None:
     def said(*options: str) -> str:
         done = subprocess.run(

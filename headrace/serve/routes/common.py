@@ -201,7 +201,8 @@ async def pieces(service: Service, generation: Generation) -> AsyncGenerator[Any
         yield update
         if update.finished:
             return
-        await service.pace.pause()
+        if not generation.finished:  # its end waits for nobody
+            await service.pace.pause()
 
 
 def sse(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.checks import show, unknown, whole_number
-from headrace.errors import HeadraceError, RequestError
+from headrace.errors import HeadraceError, RequestError, UnknownModelError
 from headrace.openai_api import error_body
 from headrace.openai_api.bodies import json_type
 from headrace.outputs import RequestOutput
@@ -95,6 +95,7 @@ def router(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         service.check_open()
         fields = _known(await read_fields(request, service), TOKENIZE)
+        _check_model(service, fields)
         ids = _tokenize(service, fields)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.info.max_model_len})
 
@@ -102,6 +103,7 @@ def router(service: Service) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         service.check_open()
         fields = _known(await read_fields(request, service), DETOKENIZE)
+        _check_model(service, fields)
         ids = _ids(fields, "tokens")
         tokenizer = _tokenizer(service)
         if any(not 0 <= token < 2**31 for token in ids):
@@ -235,6 +237,13 @@ async def _stream(
         yield event(error_body(error))
     if not lines:
         yield b"data: [DONE]\n\n"
+
+
+def _check_model(service: Service, fields: Mapping[str, Any]) -> None:
+    """All that is served has one tokenizer; another model's cannot be had. Raises UnknownModelError."""
+    name = _text(fields, "model")
+    if name is not None and name not in service.names and name not in service.adapters:
+        raise UnknownModelError(f"model is {show(name)}, which is not served here; see /v1/models")
 
 
 def _tokenizer(service: Service) -> Any:
